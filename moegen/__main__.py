@@ -1,0 +1,7 @@
+"""`python -m moegen`."""
+
+import sys
+
+from moegen.cli import main
+
+sys.exit(main())

@@ -1,0 +1,163 @@
+"""Compile a package ahead of time for GPUs that are not here, through the package's own launches.
+
+The package runs on meta tensors under a driver that only knows a target; every launch stops after compiling. So what
+is compiled is what the dispatcher would launch, specialisation of arguments included.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from moegen.device import target_facts
+from moegen.load import import_package
+
+TENSOR_CORES = {
+    "cuda": re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)"),
+    "hip": re.compile(r"\b(v_mfma|v_wmma)"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel compiled for one target, or the reason why it could not be.
+
+    registers per thread, shared_memory bytes per block, spills bytes per thread; tensor_cores is the instruction
+    found (None: scalar arithmetic); error is None on success.
+    """
+
+    target: str
+    layer: str
+    kernel: str
+    tokens: int
+    constants: str
+    registers: int = 0
+    shared_memory: int = 0
+    spills: int = 0
+    tensor_cores: str | None = None
+    error: str | None = None
+
+
+def compile_targets(folder: Path, targets: list[str], max_tokens: int = 65536, jobs: int = 2) -> list[Compiled]:
+    """Compile every kernel that the package in `folder` launches for 1..max_tokens tokens, for each target.
+
+    ValueError for an unknown target, before anything is compiled. One process a target, `jobs` at a time.
+    """
+    for target in targets:
+        target_facts(target)
+    arguments = [(str(folder), target, max_tokens) for target in targets]
+    with ProcessPoolExecutor(min(jobs, len(targets)), mp_context=get_context("spawn")) as pool:
+        return [item for found in pool.map(_compile_target, arguments) for item in found]
+
+
+def _compile_target(arguments: tuple[str, str, int]) -> list[Compiled]:
+    folder, target, max_tokens = arguments
+    package = import_package(Path(folder))._dispatch._PACKAGE
+    runtime_run = _runtime_run(package)
+    facts = target_facts(target)
+    found: list[Compiled] = []
+    with _compiling_for(target) as compiled:
+        for layer in package.layers:
+            for call, tiles in package.distinct_calls(layer, max_tokens, facts, "meta"):
+                tokens = call.hidden_states.shape[0]
+                compiled.clear()
+                error = None
+                try:
+                    runtime_run(layer, call, tiles)
+                except Exception as failure:  # noqa: BLE001 - a compiler may raise anything; it becomes a record
+                    error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+                found += [_measure(target, layer.slug, tokens, kernel, text) for kernel, text in compiled]
+                if error is not None:
+                    found.append(Compiled(target, layer.slug, f"launch {len(compiled) + 1}", tokens, "", error=error))
+    return list(dict.fromkeys(found))
+
+
+def _runtime_run(package: Any) -> Any:  # noqa: ANN401 - a module that exists only once the package is imported
+    import sys
+
+    return sys.modules[type(package).__module__].run
+
+
+@contextmanager
+def _compiling_for(target: str) -> Iterator[list[tuple[Any, str]]]:
+    """Every kernel launch inside compiles for `target`, launches nothing and is appended to the list."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    backend, arch = target.split(":")
+    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+
+    class TargetDriver:
+        def get_current_target(self) -> GPUTarget:
+            return gpu
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return device
+
+    compiled: list[tuple[Any, str]] = []
+    original = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - Triton's own signature
+        kwargs["warmup"] = True
+        kernel = original(self, *args, **kwargs)
+        shown = [f"{key}={value}" for key, value in kwargs.items() if key.isupper() or key.startswith("num_")]
+        compiled.append((kernel, " ".join(shown)))
+        return kernel
+
+    driver.set_active(TargetDriver())  # stays: this process exists to compile for one target
+    triton.JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        triton.JITFunction.run = original
+
+
+def _measure(target: str, layer: str, tokens: int, kernel: Any, constants: str) -> Compiled:  # noqa: ANN401
+    backend = target.split(":")[0]
+    assembly = kernel.asm["ptx" if backend == "cuda" else "amdgcn"]
+    usage = _cuda_usage(kernel) if backend == "cuda" else _hip_usage(assembly)
+    match = TENSOR_CORES[backend].search(assembly)
+    return Compiled(
+        target,
+        layer,
+        kernel.metadata.name,
+        tokens,
+        constants,
+        registers=usage[0],
+        shared_memory=kernel.metadata.shared,
+        spills=usage[1],
+        tensor_cores=match.group(1) if match else None,
+    )
+
+
+def _cuda_usage(kernel: Any) -> tuple[int, int]:  # noqa: ANN401
+    """(registers a thread, bytes of local memory a thread) as cuobjdump, which Triton carries, reads them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    registers = re.search(r"REG:(\d+)", text)
+    stack, local = re.search(r"STACK:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
+    spills = max((int(match.group(1)) for match in (stack, local) if match), default=0)
+    return (int(registers.group(1)) if registers else 0), spills
+
+
+def _hip_usage(assembly: str) -> tuple[int, int]:
+    counts = {}
+    for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"):
+        match = re.search(rf"\.{key}:\s*(\d+)", assembly)
+        counts[key] = int(match.group(1)) if match else 0
+    return counts["vgpr_count"], 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])

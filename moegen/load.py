@@ -1,0 +1,53 @@
+"""Import an emitted package from its folder."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class PackageError(ValueError):
+    """A folder that is not an emitted package; the message names it and what is missing."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an emitted package; PackageError if there is none or it cannot be read."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise PackageError(f"{folder} is not a package of moegen: it has no manifest.json")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise PackageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or "files" not in manifest:
+        raise PackageError(f"{path} has no list of files")
+    return manifest
+
+
+def import_package(folder: Path) -> ModuleType:
+    """Import the package in `folder` under its own name, whatever sys.path holds; PackageError if it is none."""
+    folder = folder.resolve()
+    read_manifest(folder)
+    init = folder / "__init__.py"
+    loaded = sys.modules.get(folder.name)
+    if loaded is not None and loaded.__file__ == str(init):
+        return loaded
+    _forget(folder.name)  # a package of the same name from another folder
+    spec = importlib.util.spec_from_file_location(folder.name, init, submodule_search_locations=[str(folder)])
+    if spec is None or spec.loader is None:
+        raise PackageError(f"{init} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[folder.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        _forget(folder.name)  # or the next import would find a half-executed module
+        raise
+    return module
+
+
+def _forget(package: str) -> None:
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]

@@ -1,0 +1,170 @@
+"""Layer: one (shape, dtype, quant mode) of a package, and the launches that make up one call of it."""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import triton
+
+from .activations import Activation
+from .align import align_into, align_launch_key, align_lengths, align_scratch_size
+from .assignment import low_latency_applies
+from .reduce import reduce_launch_key, top_k_reduce
+from .tile import Gemm, LayerTiles, TileConfig
+
+# sorted_token_ids, expert_ids, num_tokens_post_padded; the first and the last are None for the low-latency assignment.
+Assignment = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One layer of a package.
+
+    num_experts is global, local_experts those whose weights are on this GPU; intermediate_size is the shard's;
+    `kernels` is the generated module with gemm1 and gemm2.
+    """
+
+    slug: str
+    num_experts: int
+    local_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+    quant: str
+    activation: Activation
+    bias: bool
+    kernels: ModuleType
+
+    @property
+    def w13_shape(self) -> tuple[int, int, int]:
+        """[E, 2I, H], or [E, I, H] for an un-gated activation."""
+        rows = self.intermediate_size * (2 if self.activation.gated else 1)
+        return (self.local_experts, rows, self.hidden_size)
+
+    @property
+    def w2_shape(self) -> tuple[int, int, int]:
+        """[E, H, I]."""
+        return (self.local_experts, self.hidden_size, self.intermediate_size)
+
+    def gemm(self, op: str) -> Gemm:
+        """The facts of gemm1 or gemm2 that tile choice needs."""
+        experts, rows, depth = self.w13_shape if op == "gemm1" else self.w2_shape
+        gated = op == "gemm1" and self.activation.gated
+        return Gemm(op, experts, self.top_k, rows, depth, gated, self.dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The checked arguments of one call; shapes as in `fused_experts`."""
+
+    hidden_states: torch.Tensor
+    w13: torch.Tensor
+    w2: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+    expert_map: torch.Tensor | None
+    apply_router_weight_on_input: bool
+    out: torch.Tensor
+
+
+def is_low_latency(layer: Layer, tokens: int, expert_map: torch.Tensor | None) -> bool:
+    """Whether a call of `tokens` tokens takes the low-latency assignment."""
+    return low_latency_applies(tokens, layer.top_k, layer.local_experts, expert_map)
+
+
+def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> tuple[object, ...]:
+    """Equal for two token counts iff they run the same compiled kernels."""
+    reduce_key = reduce_launch_key(tokens, layer.hidden_size, layer.dtype.itemsize)
+    if is_low_latency(layer, tokens, expert_map):
+        return tiles, reduce_key, None
+    return tiles, reduce_key, align_launch_key(tokens * layer.top_k, _aligned_experts(layer, expert_map))
+
+
+def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
+    """assignment -> GEMM1 + activation -> GEMM2 -> reduce, into call.out; no host synchronisation.
+
+    All memory comes from torch's caching allocator within the call: reused from call to call, and safe on every
+    stream and in CUDA graphs.
+    """
+    slots = call.topk_ids.numel()
+    block = tiles.gemm1.BLOCK_SIZE_M
+    assignment: Assignment
+    if is_low_latency(layer, call.hidden_states.shape[0], call.expert_map):
+        # What _prepare_expert_assignment returns, less its fill launch: the kernels count the slots themselves.
+        assignment = (None, call.topk_ids.view(-1), None)
+        num_blocks = slots
+    else:
+        assignment = _align(layer, call, block)
+        active = min(slots, layer.local_experts)
+        num_blocks = active + (slots - active) // block
+    hidden = call.hidden_states.new_empty((slots, layer.intermediate_size))
+    slot_outputs = call.hidden_states.new_empty((slots, layer.hidden_size))
+    on_input = call.apply_router_weight_on_input
+    gemms = (
+        (layer.kernels.gemm1, call.hidden_states, call.w13, call.w13_bias, hidden, layer.top_k, on_input, tiles.gemm1),
+        (layer.kernels.gemm2, hidden, call.w2, call.w2_bias, slot_outputs, 1, not on_input, tiles.gemm2),
+    )
+    for kernel, a, w, bias, out, top_k, weighted, tile in gemms:
+        _launch_gemm(kernel, a, w, bias, out, call.topk_weights, assignment, slots, num_blocks, top_k, weighted, tile)
+    top_k_reduce(slot_outputs, call.topk_ids, call.out, _aligned_experts(layer, call.expert_map), call.expert_map)
+
+
+def _align(layer: Layer, call: Call, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Aligned assignment in one buffer; with an expert_map the remote slots vanish."""
+    slots = call.topk_ids.numel()
+    experts = _aligned_experts(layer, call.expert_map)
+    length, num_blocks = align_lengths(slots, block, experts)
+    scratch = align_scratch_size(slots, experts)
+    buffer = torch.empty(length + num_blocks + 1 + scratch, dtype=torch.int32, device=call.topk_ids.device)
+    sorted_ids, expert_ids, num_sorted, counts = buffer.split((length, num_blocks, 1, scratch))
+    align_into(call.topk_ids, block, experts, sorted_ids, expert_ids, num_sorted, call.expert_map, True, counts)
+    return sorted_ids, expert_ids, num_sorted
+
+
+def _aligned_experts(layer: Layer, expert_map: torch.Tensor | None) -> int:
+    """The experts that topk_ids counts in: global ones only with a map to local ones."""
+    return layer.local_experts if expert_map is None else layer.num_experts
+
+
+def _launch_gemm(
+    kernel: triton.JITFunction,
+    a: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    topk_weights: torch.Tensor,
+    assignment: Assignment,
+    slots: int,
+    num_blocks: int,
+    top_k: int,
+    weighted: bool,
+    tile: TileConfig,
+) -> None:
+    experts, rows, depth = w.shape
+    kernel[(num_blocks * triton.cdiv(rows, tile.BLOCK_SIZE_N),)](
+        a,
+        w,
+        bias,
+        out,
+        topk_weights,
+        *assignment,
+        slots,
+        a.stride(0),
+        w.stride(0),
+        w.stride(1),
+        NUM_EXPERTS=experts,
+        TOP_K=top_k,
+        ROWS=rows,
+        DEPTH=depth,
+        MUL_ROUTED_WEIGHT=weighted,
+        BLOCK_SIZE_M=tile.BLOCK_SIZE_M,
+        BLOCK_SIZE_N=tile.BLOCK_SIZE_N,
+        BLOCK_SIZE_K=tile.BLOCK_SIZE_K,
+        GROUP_SIZE_M=tile.GROUP_SIZE_M,
+        SWAP_AB=tile.SWAP_AB,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )

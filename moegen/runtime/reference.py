@@ -1,0 +1,111 @@
+"""The layer in plain torch: the oracle of tests, benchmark and tuner, and the path of CPU tensors."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from .activations import Activation
+
+
+def moe_reference(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Activation,
+    *,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    compute_dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """out[t] = sum_j weight[t,j] * (act(x[t] @ w13[e].T + b13[e]) @ w2[e].T + b2[e]), e = topk_ids[t,j].
+
+    Shapes as in `fused_experts`; the result is [T, H] in `compute_dtype`, with no rounding in between. Slots with an
+    id outside 0..E-1 or mapped to -1 contribute zero. With `apply_router_weight_on_input` the weight multiplies x
+    before w13 instead of the output (as in Llama 4), so a bias is not weighted.
+    """
+    num_experts = w13.shape[0]
+    ids = local_ids(topk_ids, expert_map, num_experts)
+    x = hidden_states.to(compute_dtype)
+    weights = topk_weights.to(compute_dtype)
+    out = torch.zeros(hidden_states.shape, dtype=compute_dtype, device=hidden_states.device)
+    for expert in ids[ids >= 0].unique().tolist():
+        tokens, slots = (ids == expert).nonzero(as_tuple=True)
+        weight = weights[tokens, slots, None]
+        rows = x[tokens] * weight if apply_router_weight_on_input else x[tokens]
+        hidden = rows @ w13[expert].to(compute_dtype).T
+        if w13_bias is not None:
+            hidden = hidden + w13_bias[expert].to(compute_dtype)
+        slot_out = apply_activation(hidden, activation) @ w2[expert].to(compute_dtype).T
+        if w2_bias is not None:
+            slot_out = slot_out + w2_bias[expert].to(compute_dtype)
+        out.index_add_(0, tokens, slot_out if apply_router_weight_on_input else slot_out * weight)
+    return out
+
+
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) -> torch.Tensor:
+    """Local expert of every slot, int64 [T, k]; -1 where the slot is padding, out of range or on another rank."""
+    ids = topk_ids.long()
+    limit = num_experts if expert_map is None else expert_map.numel()
+    ids = torch.where((ids >= 0) & (ids < limit), ids, -1)
+    if expert_map is not None:
+        ids = torch.where(ids >= 0, expert_map.long()[ids.clamp(min=0)], -1)
+    return ids
+
+
+def apply_activation(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """[rows, 2I] -> [rows, I] for a gated activation, else [rows, I] -> [rows, I]; formulas in activations.py."""
+    if not activation.gated:
+        return _UNGATED[activation.name](x)
+    if activation.interleaved:
+        gate, up = x[..., 0::2], x[..., 1::2]
+    else:
+        gate, up = x.chunk(2, dim=-1)
+    return _GATED[activation.name](gate, up, activation)
+
+
+def _silu(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation.limit is not None:
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return functional.silu(gate) * up
+
+
+def _swigluoai(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    limit, alpha, beta = activation.limit, activation.alpha, activation.beta
+    assert limit is not None and alpha is not None and beta is not None  # noqa: S101 - Activation.of filled them in
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + beta) * gate * torch.sigmoid(alpha * gate)
+
+
+def _swiglustep(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    limit = activation.limit
+    assert limit is not None  # noqa: S101 - Activation.of filled it in
+    return functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+
+
+def _situ(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    beta, limit = activation.beta, activation.limit
+    assert beta is not None  # noqa: S101 - Activation.of filled it in
+    up = up if limit is None else limit * torch.tanh(up / limit)
+    return beta * torch.tanh(gate / beta) * torch.sigmoid(gate) * up
+
+
+_GATED: dict[str, Callable[[torch.Tensor, torch.Tensor, Activation], torch.Tensor]] = {
+    "silu": _silu,
+    "gelu": lambda gate, up, _: functional.gelu(gate) * up,
+    "gelu_tanh": lambda gate, up, _: functional.gelu(gate, approximate="tanh") * up,
+    "swigluoai": _swigluoai,
+    "swigluoai_uninterleave": _swigluoai,
+    "swiglustep": _swiglustep,
+    "situ": _situ,
+}
+_UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu_no_mul": functional.silu,
+    "gelu_no_mul": functional.gelu,
+    "gelu_tanh_no_mul": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu2_no_mul": lambda x: functional.relu(x) ** 2,
+}

@@ -1,0 +1,164 @@
+"""TileConfig, its legality and the heuristic default: the only ones, shared by dispatcher, tuner and validator."""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+from .device import DeviceFacts
+
+# One portable family so far; each row names the template family a tile config is for.
+FAMILIES = ("portable",)
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """How one grouped GEMM is cut into blocks. Field names are those of vLLM's and SGLang's config files.
+
+    BLOCK_SIZE_M   rows of the (token, slot) axis a block
+    BLOCK_SIZE_N   rows of the weight a block (a gated GEMM1 makes BLOCK_SIZE_N / 2 outputs of them)
+    BLOCK_SIZE_K   steps of the reduction
+    GROUP_SIZE_M   M blocks that are walked together for the sake of L2
+    SWAP_AB        compute weight · tokensᵀ, so that the weight rows fill the M side of the tensor-core instruction
+    """
+
+    BLOCK_SIZE_M: int
+    BLOCK_SIZE_N: int
+    BLOCK_SIZE_K: int
+    GROUP_SIZE_M: int = 1
+    SWAP_AB: bool = False
+    num_warps: int = 4
+    num_stages: int = 3
+    family: str = "portable"
+
+    @classmethod
+    def from_dict(cls, data: object, where: str = "tile config") -> "TileConfig":
+        """Checked construction from JSON; ValueError names the key, the value and what is allowed."""
+        if not isinstance(data, dict):
+            raise ValueError(f"{where}: {data!r} is not a mapping")
+        known = {f.name: f for f in fields(cls)}
+        for key, value in data.items():
+            if key not in known:
+                raise ValueError(f"{where}.{key}: unknown key; allowed: {', '.join(known)}")
+            expected = type(value) if key == "family" else known[key].type
+            if type(value) is not expected or (key == "family" and value not in FAMILIES):
+                allowed = " or ".join(FAMILIES) if key == "family" else getattr(expected, "__name__", expected)
+                raise ValueError(f"{where}.{key}: {value!r} is not allowed; allowed: {allowed}")
+        missing = [k for k in ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K") if k not in data]
+        if missing:
+            raise ValueError(f"{where}.{missing[0]}: missing")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, int | bool | str]:
+        """JSON form, the inverse of `from_dict`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTiles:
+    """The tile configs of one layer at one token bucket; both GEMMs read one assignment, hence one BLOCK_SIZE_M."""
+
+    gemm1: TileConfig
+    gemm2: TileConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """One grouped GEMM as tile choice sees it.
+
+    op            "gemm1" (tokens · w13ᵀ) or "gemm2" (hidden · w2ᵀ)
+    num_experts   experts whose weights are on this GPU
+    top_k         slots per token
+    rows          weight rows: 2I or I for gemm1, H for gemm2
+    depth         length of the reduction: H for gemm1, I for gemm2
+    gated         gemm1 with a gated activation: the tile's rows are gate and up rows by turns
+    element_size  bytes of one operand value
+    """
+
+    op: str
+    num_experts: int
+    top_k: int
+    rows: int
+    depth: int
+    gated: bool
+    element_size: int
+
+
+def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
+    """The reason why `tile` cannot run `gemm` on `device`, or None when it can."""
+    for key in ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps"):
+        value = getattr(tile, key)
+        if value < 1 or value & (value - 1):
+            return f"{key}={value} is not a power of two"
+    if tile.family not in FAMILIES:
+        return f"family={tile.family} is unknown; known: {', '.join(FAMILIES)}"
+    smallest = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
+    for key, least in smallest.items():
+        if not least <= getattr(tile, key) <= 512:
+            return f"{key}={getattr(tile, key)} is outside {least}..512"
+    if not 1 <= tile.num_warps <= 16:
+        return f"num_warps={tile.num_warps} is outside 1..16"
+    if not 1 <= tile.num_stages <= 8:
+        return f"num_stages={tile.num_stages} is outside 1..8"
+    if not 1 <= tile.GROUP_SIZE_M <= 1024:
+        return f"GROUP_SIZE_M={tile.GROUP_SIZE_M} is outside 1..1024"
+    accumulators = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
+    if accumulators > 256:
+        return f"{accumulators} accumulators per thread do not fit into 255 registers"
+    needed = shared_memory(tile, gemm)
+    if needed > device.shared_memory:
+        return f"{needed} bytes of shared memory exceed the {device.shared_memory} of {device.name}"
+    return None
+
+
+def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
+    """Bytes of shared memory that the pipelined operand tiles take: an upper bound (mma.sync drops one stage)."""
+    stages = max(tile.num_stages, 1)
+    operands = (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * tile.BLOCK_SIZE_K * gemm.element_size * stages
+    epilogue = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N * 4 // (2 if gemm.gated else 1)
+    return max(operands, epilogue)
+
+
+def default_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerTiles:
+    """The heuristic: tile configs for `tokens` tokens when no tuned record covers them.
+
+    From sweeps of Qwen3-30B-A3B and Mixtral-8x7B in bf16 on an H200 (docs/performance.md); on GPUs without wgmma it is
+    the shape of vLLM's defaults.
+    """
+    slots = tokens * gemm1.top_k
+    block_m = 16 if low_latency else _block_m(slots, gemm1.num_experts)
+    pick = _default_tile if gemm1.element_size < 4 else _default_float32_tile
+    tiles = [pick(gemm, block_m, slots if low_latency else 0, device) for gemm in (gemm1, gemm2)]
+    return LayerTiles(*(_fitted(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)))
+
+
+def _block_m(slots: int, num_experts: int) -> int:
+    """Twice the mean slots per active expert, rounded up to a power of two within 16..128."""
+    mean = slots / min(slots, num_experts)
+    for block in (16, 32, 64):
+        if 2 * mean <= block:
+            return block
+    return 128
+
+
+def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+    big = device.shared_memory >= 160 * 1024
+    if block_m == 128:
+        return TileConfig(128, 256 if big else 128, 64, 16, num_warps=8, num_stages=4 if device.has_wgmma else 3)
+    if block_m == 64:
+        return TileConfig(64, 128, 64, 8, num_warps=4, num_stages=3)
+    if not device.has_wgmma:
+        return TileConfig(block_m, 128, 128 if big else 64, 1, num_warps=4, num_stages=4 if big else 3)
+    if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
+        # More programs than two a multiprocessor: small tiles let many of them share one.
+        return TileConfig(16, 64, 64, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+    return TileConfig(block_m, 64, 128, 1, SWAP_AB=True, num_warps=4, num_stages=4 if lone_slots else 3)
+
+
+def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001
+    """Exact float32 products have no tensor cores: small tiles, since every operand goes through registers."""
+    return TileConfig(min(block_m, 64), 64, 32, 8, num_warps=4, num_stages=2)
+
+
+def _fitted(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> TileConfig:
+    """The same tile with as many stages as the shared memory holds."""
+    while tile.num_stages > 1 and shared_memory(tile, gemm) > device.shared_memory:
+        tile = replace(tile, num_stages=tile.num_stages - 1)
+    return tile

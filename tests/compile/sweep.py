@@ -1,0 +1,51 @@
+"""Compile every form of the kernels for one target in one process: `python -m tests.compile.sweep FOLDER TARGET`.
+
+Packages go below FOLDER; stdout is one JSON list, a record a kernel. The Triton that PYTHONPATH finds first compiles.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from moegen.aot import _compile_target
+from moegen.emit import emit
+from moegen.plan import make_plan
+from moegen.runtime.activations import ACTIVATIONS, Activation
+from moegen.spec import Parallel
+from tests.support.packages import any_activation, spec_of
+
+# Of 8 experts and top_k 2: 1 token is low-latency, 2 are aligned, 512 reach the largest BLOCK_SIZE_M.
+LOW_LATENCY, BOTH, ALL_TILES = 1, 2, 512
+SIZES = {"num_experts": 8, "top_k": 2, "hidden_size": 256, "intermediate_size": 256}
+
+# name -> fields of the spec, tokens
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "tiles": ({}, ALL_TILES),
+    "tails": ({"hidden_size": 200, "intermediate_size": 88}, BOTH),  # no tile divides the reductions
+    "float16": ({"dtypes": ("float16",)}, BOTH),
+    "float32": ({"dtypes": ("float32",)}, BOTH),
+    "shard": ({"parallel": (Parallel(ep=2),)}, LOW_LATENCY),  # without and with an expert_map
+    "many experts": ({"num_experts": 512, "hidden_size": 64, "intermediate_size": 64}, LOW_LATENCY),
+    "silu, clamped": ({"activation": Activation.of("silu", limit=10.0)}, LOW_LATENCY),
+    "situ, clamped": ({"activation": Activation.of("situ", beta=4.0, limit=25.0)}, LOW_LATENCY),
+    **{name: ({"activation": any_activation(name)}, BOTH) for name in ACTIVATIONS if name != "silu"},
+    **{f"{name}, bias": ({"activation": name, "bias": True}, BOTH) for name in ("silu", "swigluoai", "relu2_no_mul")},
+}
+
+
+def main(folder: str, target: str) -> None:
+    """Compile all CASES and print what came out."""
+    records = []
+    for case, (fields, tokens) in CASES.items():
+        package = emit(make_plan(spec_of(**{**SIZES, **fields})), Path(folder))
+        compiled = _compile_target((str(package), target, tokens))
+        records += [{"case": case, "triton": triton.__version__, **asdict(item)} for item in compiled]
+    sys.stdout.write(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,129 @@
+"""Every form of the kernels compiles for every target with both supported Tritons, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from moegen.aot import compile_targets
+from moegen.device import TARGETS
+from moegen.emit import emit
+from moegen.plan import make_plan
+from tests.compile.sweep import CASES
+from tests.support.packages import spec_of
+
+ROOT = Path(__file__).parents[2]
+OLDER = "3.6.0"
+OLDER_FOLDER = ROOT / f".triton-{OLDER}"
+WANTED = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
+GEMMS = ("gemm1", "gemm2")
+MOST_REGISTERS = {"cuda": 255, "hip": 512}
+TINY = {"num_experts": 8, "top_k": 2, "hidden_size": 64, "intermediate_size": 64}
+
+Record = dict[str, Any]
+
+
+def sweep(folder: Path, target: str, triton_folder: Path | None) -> list[Record]:
+    """Run tests/compile/sweep.py with the installed Triton or the one in `triton_folder`."""
+    path = [str(ROOT), *([str(triton_folder)] if triton_folder else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-m", "tests.compile.sweep", str(folder), target]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
+    assert done.returncode == 0, done.stderr[-4000:]
+    return list(json.loads(done.stdout))
+
+
+def constants(record: Record) -> dict[str, str]:
+    return dict(pair.split("=") for pair in record["constants"].split())
+
+
+def complaints(record: Record) -> list[str]:
+    """Everything that is wrong with one compiled kernel."""
+    target, dtype = record["target"], next(d for d in ("bf16", "fp16", "fp32") if f"_{d}_" in record["layer"])
+    backend, limit = target.split(":")[0], TARGETS[target].shared_memory
+    if record["error"] is not None:
+        return [f"does not compile: {record['error']}"]
+    found = []
+    if not 0 <= record["shared_memory"] <= limit:
+        found.append(f"{record['shared_memory']} bytes of shared memory, {limit} are there")
+    if not 0 < record["registers"] <= MOST_REGISTERS[backend]:
+        found.append(f"{record['registers']} registers")
+    if target == "cuda:90" and dtype == "bf16" and record["spills"]:
+        found.append(f"spills {record['spills']} bytes")
+    if record["kernel"] in GEMMS and dtype != "fp32":
+        found += _tensor_core_complaints(record)
+    return found
+
+
+def _tensor_core_complaints(record: Record) -> list[str]:
+    instruction = record["tensor_cores"]
+    if instruction is None:
+        return ["no tensor-core instruction"]
+    if record["target"] == "cuda:90":
+        sizes = constants(record)
+        # the M side of wgmma has 64 rows; with SWAP_AB it is filled by weight rows
+        side = sizes["BLOCK_SIZE_N"] if sizes["SWAP_AB"] == "True" else sizes["BLOCK_SIZE_M"]
+        if int(side) >= 64 and not instruction.startswith("wgmma"):
+            return [f"{instruction} in place of wgmma"]
+    return []
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["installed", OLDER])
+@pytest.mark.parametrize("target", WANTED)
+def test_every_form_compiles(target: str, older: bool, tmp_path: Path) -> None:
+    if older and not OLDER_FOLDER.is_dir():
+        pytest.skip(f"Triton {OLDER} is not there: pip install --no-deps --target {OLDER_FOLDER.name} triton=={OLDER}")
+    records = sweep(tmp_path, target, OLDER_FOLDER if older else None)
+    assert {record["triton"] for record in records} == {OLDER if older else triton.__version__}
+    shown = ("case", "layer", "kernel", "tokens", "constants")
+    wrong = [(*(record[key] for key in shown), text) for record in records for text in complaints(record)]
+    assert wrong == []
+    assert_complete(records)
+
+
+def assert_complete(records: list[Record]) -> None:
+    """Nothing was left out: every case has both GEMMs and the reduce, aligned ones the sort as well."""
+    for case, (_, tokens) in CASES.items():
+        own = [record for record in records if record["case"] == case]
+        kernels = {record["kernel"] for record in own}
+        assert {*GEMMS, "top_k_reduce_kernel"} <= kernels, case
+        assert tokens == 1 or any(kernel.startswith("align") for kernel in kernels), case
+    blocks = {constants(r)["BLOCK_SIZE_M"] for r in records if r["case"] == "tiles" and r["kernel"] in GEMMS}
+    assert {"16", "32", "64", "128"} <= blocks
+
+
+def test_targets_of_the_issue_are_known() -> None:
+    assert set(WANTED) <= set(TARGETS)
+
+
+def test_unknown_target_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="target: 'cuda:1' is not allowed; allowed: cuda:80, "):
+        compile_targets(tmp_path / "absent", ["cuda:90", "cuda:1"])
+
+
+def test_records_come_in_the_order_of_the_targets(tmp_path: Path) -> None:
+    folder = emit(make_plan(spec_of(**TINY)), tmp_path)
+    compiled = compile_targets(folder, ["hip:gfx942", "cuda:90"], max_tokens=1)
+    assert [(item.target, item.kernel) for item in compiled] == [
+        (target, kernel) for target in ("hip:gfx942", "cuda:90") for kernel in (*GEMMS, "top_k_reduce_kernel")
+    ]
+    assert {(item.error, item.tokens, item.layer) for item in compiled} == {(None, 1, "e8_k2_h64_i64_bf16_silu")}
+
+
+def test_kernel_that_does_not_compile_is_a_record(tmp_path: Path) -> None:
+    folder = emit(make_plan(spec_of(**TINY, name="broken")), tmp_path)
+    path = folder / "_kernels_silu.py"
+    source = path.read_text()
+    assert source.count("    result = acc\n") == 1
+    path.write_text(source.replace("    result = acc\n", '    tl.static_assert(False, "broken on purpose")\n'))
+    compiled = compile_targets(folder, ["cuda:90"], max_tokens=1)
+    assert [item.kernel for item in compiled if item.error is None] == ["gemm1"]
+    (failed,) = [item for item in compiled if item.error is not None]
+    assert (failed.target, failed.tokens, failed.layer) == ("cuda:90", 1, "e8_k2_h64_i64_bf16_silu")
+    assert "gemm2" in failed.kernel
+    assert "broken on purpose" in str(failed.error)

@@ -1,0 +1,139 @@
+"""TileConfig: what is refused and why, and that the heuristic's answers are legal for every known model and target."""
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+from moegen.device import TARGETS
+from moegen.models import load_models
+from moegen.runtime.configs import BUCKETS
+from moegen.runtime.device import DeviceFacts
+from moegen.runtime.tile import FAMILIES, Gemm, TileConfig, default_tiles, shared_memory, why_illegal
+from moegen.spec import DTYPES, Parallel
+
+H200 = TARGETS["cuda:90"]
+GEMM = Gemm("gemm1", 128, 8, 1536, 2048, True, 2)
+TILE = TileConfig(64, 128, 64, GROUP_SIZE_M=8, num_warps=4, num_stages=3)
+
+ILLEGAL: list[tuple[dict[str, Any], str]] = [
+    ({"BLOCK_SIZE_M": 0}, "BLOCK_SIZE_M=0 is not a power of two"),
+    ({"BLOCK_SIZE_M": -16}, "BLOCK_SIZE_M=-16 is not a power of two"),
+    ({"BLOCK_SIZE_M": 48}, "BLOCK_SIZE_M=48 is not a power of two"),
+    ({"BLOCK_SIZE_N": 96}, "BLOCK_SIZE_N=96 is not a power of two"),
+    ({"BLOCK_SIZE_K": 3}, "BLOCK_SIZE_K=3 is not a power of two"),
+    ({"num_warps": 3}, "num_warps=3 is not a power of two"),
+    ({"num_warps": 0}, "num_warps=0 is not a power of two"),
+    ({"num_warps": 32}, "num_warps=32 is outside 1..16"),
+    ({"num_stages": 0}, "num_stages=0 is outside 1..8"),
+    ({"num_stages": 9}, "num_stages=9 is outside 1..8"),
+    ({"GROUP_SIZE_M": 0}, "GROUP_SIZE_M=0 is outside 1..1024"),
+    ({"GROUP_SIZE_M": 1 << 40}, "is outside 1..1024"),
+    ({"BLOCK_SIZE_M": 1 << 60}, "BLOCK_SIZE_M=1152921504606846976 is outside"),
+    ({"BLOCK_SIZE_K": 1024}, "BLOCK_SIZE_K=1024 is outside"),
+    ({"BLOCK_SIZE_N": 1}, "BLOCK_SIZE_N=1 is outside"),
+    ({"family": "warp"}, "family=warp is unknown; known: portable"),
+    ({"BLOCK_SIZE_M": 256, "BLOCK_SIZE_N": 256}, "512 accumulators per thread"),
+    ({"BLOCK_SIZE_K": 256, "num_stages": 4}, "bytes of shared memory exceed the 232448 of NVIDIA H200"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), ILLEGAL)
+def test_illegal(changes: dict[str, Any], reason: str) -> None:
+    assert why_illegal(TILE, GEMM, H200) is None
+    found = why_illegal(replace(TILE, **changes), GEMM, H200)
+    assert found is not None
+    assert reason in found
+
+
+def test_legality_depends_on_device_and_element_size() -> None:
+    tile = replace(TILE, BLOCK_SIZE_K=128, num_stages=4)
+    assert shared_memory(tile, GEMM) == (64 + 128) * 128 * 2 * 4
+    assert why_illegal(tile, GEMM, H200) is None
+    assert why_illegal(tile, GEMM, TARGETS["cuda:120"]) is not None
+    assert why_illegal(tile, replace(GEMM, element_size=4), H200) is not None
+
+
+def test_shared_memory_holds_at_least_the_epilogue() -> None:
+    tile = TileConfig(128, 256, 16, num_warps=8, num_stages=1)
+    assert shared_memory(tile, replace(GEMM, gated=False)) >= 128 * 256 * 4
+
+
+PLAIN = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64}
+REFUSED: list[tuple[object, str]] = [
+    (None, "here: None is not a mapping"),
+    ([1], r"here: \[1\] is not a mapping"),
+    ({}, "here.BLOCK_SIZE_M: missing"),
+    ({"BLOCK_SIZE_M": 16, "BLOCK_SIZE_K": 64}, "here.BLOCK_SIZE_N: missing"),
+    ({**PLAIN, "SPLIT_K": 1}, "here.SPLIT_K: unknown key; allowed: BLOCK_SIZE_M, "),
+    ({**PLAIN, "BLOCK_SIZE_M": True}, "here.BLOCK_SIZE_M: True is not allowed; allowed: int"),
+    ({**PLAIN, "BLOCK_SIZE_M": 16.0}, "here.BLOCK_SIZE_M: 16.0 is not allowed; allowed: int"),
+    ({**PLAIN, "BLOCK_SIZE_N": "64"}, "here.BLOCK_SIZE_N: '64' is not allowed; allowed: int"),
+    ({**PLAIN, "BLOCK_SIZE_K": None}, "here.BLOCK_SIZE_K: None is not allowed; allowed: int"),
+    ({**PLAIN, "BLOCK_SIZE_K": float("nan")}, "here.BLOCK_SIZE_K: nan is not allowed; allowed: int"),
+    ({**PLAIN, "num_warps": [4]}, r"here.num_warps: \[4\] is not allowed; allowed: int"),
+    ({**PLAIN, "num_stages": {"a": 1}}, "here.num_stages: .* is not allowed; allowed: int"),
+    ({**PLAIN, "SWAP_AB": 1}, "here.SWAP_AB: 1 is not allowed; allowed: bool"),
+    ({**PLAIN, "family": "warp"}, "here.family: 'warp' is not allowed; allowed: portable"),
+    ({**PLAIN, "family": ["portable"]}, "here.family: .* is not allowed; allowed: portable"),
+    ({**PLAIN, "family": 1}, "here.family: 1 is not allowed; allowed: portable"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), REFUSED)
+def test_from_dict_refuses(data: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TileConfig.from_dict(data, "here")
+
+
+def test_from_dict_round_trip() -> None:
+    tile = TileConfig(16, 64, 128, GROUP_SIZE_M=4, SWAP_AB=True, num_warps=8, num_stages=5)
+    assert TileConfig.from_dict(tile.to_dict()) == tile
+    assert TileConfig.from_dict(PLAIN) == TileConfig(16, 64, 64)
+
+
+def gemms(model: Any, dtype: str, split: Parallel) -> tuple[Gemm, Gemm]:
+    """Both GEMMs of a known model, written out without the package's own code."""
+    s, size = model.shape, {"float32": 4}.get(dtype, 2)
+    experts, inner = s.num_experts // split.ep, s.intermediate_size // split.tp
+    gated = model.activation.gated
+    return (
+        Gemm("gemm1", experts, s.top_k, inner * (2 if gated else 1), s.hidden_size, gated, size),
+        Gemm("gemm2", experts, s.top_k, s.hidden_size, inner, False, size),
+    )
+
+
+def splits(model: Any) -> list[Parallel]:
+    s = model.shape
+    wanted = [Parallel(), Parallel(tp=2), Parallel(tp=8), Parallel(ep=8)]
+    return [p for p in wanted if s.intermediate_size % p.tp == 0 and s.num_experts % p.ep == 0]
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_default_tiles_are_legal(target: str, dtype: str) -> None:
+    device = TARGETS[target]
+    for model in load_models().values():
+        for split in splits(model):
+            gemm1, gemm2 = gemms(model, dtype, split)
+            for tokens, low_latency in product(BUCKETS, (False, True)):
+                assert_legal(gemm1, gemm2, tokens, device, low_latency, model.name)
+
+
+def assert_legal(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool, name: str) -> None:
+    tiles = default_tiles(gemm1, gemm2, tokens, device, low_latency)
+    assert tiles.gemm1.BLOCK_SIZE_M == tiles.gemm2.BLOCK_SIZE_M, (name, tokens)
+    for tile, gemm in ((tiles.gemm1, gemm1), (tiles.gemm2, gemm2)):
+        assert why_illegal(tile, gemm, device) is None, (name, tokens, tile)
+        assert tile.family in FAMILIES
+        assert TileConfig.from_dict(tile.to_dict()) == tile
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_default_tiles_of_tiny_layers_are_legal(target: str) -> None:
+    for experts, top_k, rows, depth in product((1, 8, 1024), (1, 8), (2, 30, 511), (1, 7, 511)):
+        gemm1 = Gemm("gemm1", experts, min(top_k, experts), rows, depth, True, 2)
+        gemm2 = Gemm("gemm2", experts, min(top_k, experts), depth, rows // 2, False, 2)
+        for tokens in (1, 3, 65536):
+            assert_legal(gemm1, gemm2, tokens, TARGETS[target], False, "tiny")
