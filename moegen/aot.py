@@ -67,15 +67,21 @@ def _compile_target(arguments: tuple[str, str, int]) -> list[Compiled]:
             for call, tiles in package.distinct_calls(layer, max_tokens, facts, "meta"):
                 tokens = call.hidden_states.shape[0]
                 compiled.clear()
-                error = None
+                failed = None
                 try:
                     runtime_run(layer, call, tiles)
                 except Exception as failure:  # noqa: BLE001 - a compiler may raise anything; it becomes a record
-                    error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+                    kernel, constants = getattr(failure, "moegen_launch", (f"launch {len(compiled) + 1}", ""))
+                    failed = Compiled(target, layer.slug, kernel, tokens, constants, error=_reason(failure))
                 found += [_measure(target, layer.slug, tokens, kernel, text) for kernel, text in compiled]
-                if error is not None:
-                    found.append(Compiled(target, layer.slug, f"launch {len(compiled) + 1}", tokens, "", error=error))
+                found += [failed] if failed else []
     return list(dict.fromkeys(found))
+
+
+def _reason(failure: Exception) -> str:
+    """Type, place and reason: the first and the last line of a compiler's message, without the source between."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return f"{type(failure).__name__}: {' '.join(dict.fromkeys([*lines[:1], *lines[-1:]]))}"
 
 
 def _runtime_run(package: Any) -> Any:  # noqa: ANN401 - a module that exists only once the package is imported
@@ -108,10 +114,14 @@ def _compiling_for(target: str) -> Iterator[list[tuple[Any, str]]]:
     original = triton.JITFunction.run
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - Triton's own signature
+        shown = " ".join(f"{key}={value}" for key, value in kwargs.items() if key.isupper() or key.startswith("num_"))
         kwargs["warmup"] = True
-        kernel = original(self, *args, **kwargs)
-        shown = [f"{key}={value}" for key, value in kwargs.items() if key.isupper() or key.startswith("num_")]
-        compiled.append((kernel, " ".join(shown)))
+        try:
+            kernel = original(self, *args, **kwargs)
+        except Exception as failure:
+            failure.moegen_launch = (self.__name__, shown)  # type: ignore[attr-defined]
+            raise
+        compiled.append((kernel, shown))
         return kernel
 
     driver.set_active(TargetDriver())  # stays: this process exists to compile for one target

@@ -125,5 +125,8 @@ def test_kernel_that_does_not_compile_is_a_record(tmp_path: Path) -> None:
     assert [item.kernel for item in compiled if item.error is None] == ["gemm1"]
     (failed,) = [item for item in compiled if item.error is not None]
     assert (failed.target, failed.tokens, failed.layer) == ("cuda:90", 1, "e8_k2_h64_i64_bf16_silu")
-    assert "gemm2" in failed.kernel
-    assert "broken on purpose" in str(failed.error)
+    assert failed.kernel == "gemm2"
+    assert "BLOCK_SIZE_M=16" in failed.constants
+    assert failed.error is not None
+    assert failed.error.startswith("CompileTimeAssertionFailure: at ")
+    assert failed.error.endswith("broken on purpose")

@@ -33,7 +33,7 @@ LAYER = Layer(
     kernels=SimpleNamespace(),  # type: ignore[arg-type]
 )
 # No heuristic answer looks like these.
-TILE = {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 5, "num_warps": 2, "num_stages": 2}
+TILE = {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 5, "num_warps": 2, "num_stages": 2}
 OTHER = {**TILE, "GROUP_SIZE_M": 7}
 
 
@@ -127,7 +127,7 @@ def test_range_of_a_record(tokens: int, found: dict[str, Any] | None, tmp_path: 
 def test_gemms_may_differ_in_all_but_block_m(tmp_path: Path) -> None:
     write(tmp_path, record(buckets={"8": {"gemm1": TILE, "gemm2": {**OTHER, "BLOCK_SIZE_N": 128}}}))
     found = Configs(tmp_path).tiles(LAYER, 8, None, H200)
-    assert (found.gemm1.BLOCK_SIZE_N, found.gemm2.BLOCK_SIZE_N) == (32, 128)
+    assert (found.gemm1.BLOCK_SIZE_N, found.gemm2.BLOCK_SIZE_N) == (64, 128)
 
 
 def test_user_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
