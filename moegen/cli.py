@@ -16,8 +16,8 @@ from moegen.emit import EmitError, emit
 from moegen.load import PackageError, read_manifest
 from moegen.models import load_models, model_spec
 from moegen.plan import Plan, make_plan
-from moegen.quant import QUANT_MODES
 from moegen.render import RenderError
+from moegen.runtime.quant import MODES, Scheme
 from moegen.spec import DTYPES, MoESpec, Parallel, SpecError, load_spec
 
 EXIT_INVALID, EXIT_TARGET = 3, 5
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--tp", type=_sizes, help="tensor-parallel sizes, for example 1,4 (default: the spec's, or 1)")
     build.add_argument("--ep", type=_sizes, help="expert-parallel sizes (default: the spec's, or 1)")
     build.add_argument("--dtype", type=_names(DTYPES), help=f"of {', '.join(DTYPES)} (default: the model's)")
-    build.add_argument("--quant", type=_names(QUANT_MODES), help=f"of {', '.join(QUANT_MODES)} (default: none)")
+    build.add_argument("--quant", type=_schemes, help=f"mode[:granularity] of {', '.join(MODES)} (default: none)")
     build.add_argument("--target", type=_targets, help="compile everything for cuda:90,hip:gfx942,… and report")
     build.add_argument("--json", action="store_true", help="print one JSON document")
     build.set_defaults(run=_build)
@@ -73,6 +73,14 @@ def _sizes(text: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: positive integers, separated by commas")
     return sizes
+
+
+def _schemes(text: str) -> tuple[str, ...]:
+    """An argparse type: quant schemes, separated by commas."""
+    try:
+        return tuple(Scheme.parse(part).name for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _names(allowed: Collection[str]) -> Callable[[str], tuple[str, ...]]:

@@ -94,7 +94,15 @@ def _rendered(plan: Plan) -> dict[str, bytes]:
     }
     sources = {}
     for module in plan.modules:
-        context = {"header": header, "quant": module.quant, "activation": module.activation}
+        imports = {"along_rows", "along_tokens", "tile_order", *module.quant.imports}
+        if module.activation.gated:
+            imports |= {"gate_up_rows", "split_gate_up"}
+        context = {
+            "header": header,
+            "quant": module.quant,
+            "activation": module.activation,
+            "imports": sorted(imports),
+        }
         sources[f"{module.name}.py"] = render("kernels/module.py.jinja", context)
     fingerprint = hashlib.sha256("".join([template_hash(), repr(spec), *sources.values()]).encode()).hexdigest()
     shared["op_namespace"] = f"moegen_{spec.slug}_{fingerprint[:8]}"
@@ -104,9 +112,19 @@ def _rendered(plan: Plan) -> dict[str, bytes]:
 
 
 def _layer_context(variant: VariantSpec) -> dict[str, object]:
-    names = ("num_experts", "local_experts", "top_k", "hidden_size", "intermediate_size", "dtype", "quant", "bias")
+    names = (
+        "slug",
+        "num_experts",
+        "local_experts",
+        "top_k",
+        "hidden_size",
+        "intermediate_size",
+        "dtype",
+        "quant",
+        "bias",
+    )
     activation = repr(variant.activation).replace("'", '"')  # as source is formatted
-    return {"activation": activation, **{name: getattr(variant, name) for name in ("slug", *names)}}
+    return {"activation": activation, **{name: getattr(variant, name) for name in names}}
 
 
 def _header(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moegen.quant import QUANT_MODES, QuantMode
+from moegen.quant import KernelQuant, kernel_quant
 from moegen.runtime.activations import Activation
 from moegen.spec import MoESpec, VariantSpec
 
@@ -12,7 +12,7 @@ class KernelModule:
     """One generated `_kernels_*.py`: gemm1 and gemm2 of one quant mode and activation."""
 
     name: str
-    quant: QuantMode
+    quant: KernelQuant
     activation: Activation
 
 
@@ -39,17 +39,14 @@ class Plan:
 
 
 def make_plan(spec: MoESpec) -> Plan:
-    """Plan the package of `spec`: one kernel module per quant mode, since tile sizes and shapes stay constexpr."""
-    modules = {
-        mode: KernelModule(
-            name=_module_name(mode, spec.activation), quant=QUANT_MODES[mode], activation=spec.activation
-        )
-        for mode in spec.quant
-    }
-    layers = tuple(PlannedLayer(variant=v, module=modules[v.quant].name) for v in spec.variants())
-    return Plan(spec=spec, modules=tuple(modules.values()), layers=layers)
-
-
-def _module_name(mode: str, activation: Activation) -> str:
-    parts = ["_kernels", activation.slug] if mode == "none" else ["_kernels", mode, activation.slug]
-    return "_".join(parts)
+    """Plan the package of `spec`: one kernel module per quant scheme, since tile sizes and shapes stay constexpr."""
+    modules: dict[str, KernelModule] = {}
+    layers = []
+    for variant in spec.variants():
+        scheme = variant.scheme
+        if variant.quant not in modules:
+            parts = ["_kernels", *([scheme.slug] if scheme.kind else []), variant.activation.slug]
+            quant = kernel_quant(scheme)
+            modules[variant.quant] = KernelModule(name="_".join(parts), quant=quant, activation=variant.activation)
+        layers.append(PlannedLayer(variant=variant, module=modules[variant.quant].name))
+    return Plan(spec=spec, modules=tuple(modules.values()), layers=tuple(layers))

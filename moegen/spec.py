@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from moegen.quant import QUANT_MODES
 from moegen.runtime.activations import Activation
+from moegen.runtime.quant import Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_EXPERTS = 1024
@@ -70,6 +70,15 @@ def _check_divides(path: str, split: int, size_path: str, size: int) -> None:
         raise _refused(path, split, f"a divisor of {size_path} = {size}")
 
 
+def _check_scheme(path: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise _refused(path, value, "the name of a quant mode")
+    try:
+        Scheme.parse(value)
+    except ValueError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
 def _check_activation(activation: object) -> None:
     if not isinstance(activation, Activation):
         raise _refused("activation", activation, "an Activation")
@@ -116,8 +125,7 @@ class VariantSpec:
     hidden_size: int
     intermediate_size: int
     dtype: str  # bfloat16 | float16 | float32
-    quant: str = "none"
-    block_shape: tuple[int, int] | None = None
+    quant: str = "none"  # a name that Scheme.parse reads
     activation: Activation = _SILU
     bias: bool = False
 
@@ -125,14 +133,14 @@ class VariantSpec:
         _check_sizes(self.num_experts, self.top_k, self.hidden_size, self.intermediate_size)
         _check_int("local_experts", self.local_experts, self.num_experts, "num_experts")
         _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("quant", self.quant, QUANT_MODES)
-        if self.block_shape is not None:
-            if not isinstance(self.block_shape, tuple) or len(self.block_shape) != 2:
-                raise _refused("block_shape", self.block_shape, "None or a tuple (n, k)")
-            for index, size in enumerate(self.block_shape):
-                _check_int(f"block_shape[{index}]", size)
+        _check_scheme("quant", self.quant)
         _check_activation(self.activation)
         _check_type("bias", self.bias, bool, "true or false")
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the weights are stored and the activations quantised."""
+        return Scheme.parse(self.quant)
 
     @property
     def gated(self) -> bool:
@@ -159,9 +167,7 @@ class VariantSpec:
         parts = [experts, f"k{self.top_k}", f"h{self.hidden_size}", f"i{self.intermediate_size}"]
         parts.append(_SHORT_DTYPE[self.dtype])
         if self.quant != "none":
-            parts.append(self.quant)
-        if self.block_shape is not None:
-            parts.append("b{}x{}".format(*self.block_shape))
+            parts.append(self.scheme.slug)
         parts.append(self.activation.slug)
         if self.bias:
             parts.append("bias")
@@ -186,7 +192,7 @@ class MoESpec:
             raise _refused("name", self.name, allowed)
         _check_items("shapes", self.shapes, lambda path, item: _check_type(path, item, Shape, "a Shape"))
         _check_items("dtypes", self.dtypes, lambda path, item: _check_choice(path, item, DTYPES))
-        _check_items("quant", self.quant, lambda path, item: _check_choice(path, item, QUANT_MODES))
+        _check_items("quant", self.quant, _check_scheme)
         _check_activation(self.activation)
         _check_type("bias", self.bias, bool, "true or false")
         _check_items("parallel", self.parallel, lambda path, item: _check_type(path, item, Parallel, "a Parallel"))
@@ -210,7 +216,7 @@ class MoESpec:
                     hidden_size=shape.hidden_size,
                     intermediate_size=shape.intermediate_size // split.tp,
                     dtype=dtype,
-                    quant=quant,
+                    quant=Scheme.parse(quant).name,
                     activation=self.activation,
                     bias=self.bias,
                 )

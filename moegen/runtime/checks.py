@@ -1,37 +1,50 @@
 """Argument checks: every error names the argument, its value and what is allowed, before any launch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import product
 
 import torch
 
 from .layer import Call, Layer
+from .weight import Weight
 
 
 class LayerIndex:
-    """Finds the layer that a call's shapes and dtype belong to, in one dictionary look-up."""
+    """Finds the layer that a call's shapes and dtypes belong to, in one dictionary look-up."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = tuple(layers)
-        self._known: dict[tuple[object, ...], Layer] = {}
+        self._known: dict[tuple[object, ...], list[Layer]] = {}
         for layer in self.layers:
-            shapes = (layer.dtype, layer.w13_shape, layer.w2_shape, layer.top_k)
-            self._known.setdefault((*shapes, layer.num_experts), layer)
-            self._known.setdefault((*shapes, None), layer)
+            for dtype, mapped in product(layer.scheme.weight_dtypes or [None], (layer.num_experts, None)):
+                stored = layer.dtype if dtype is None else getattr(torch, dtype)
+                shapes = (stored_shape(layer, layer.w13_shape), stored_shape(layer, layer.w2_shape))
+                self._known.setdefault((layer.dtype, stored, *shapes, layer.top_k, mapped), []).append(layer)
 
-    def find(self, call_shapes: tuple[object, ...], num_mapped: int | None) -> Layer | None:
-        """`call_shapes` = (dtype, w13 shape, w2 shape, top_k); num_mapped = length of the expert_map, if any."""
-        return self._known.get((*call_shapes, num_mapped))
+    def find(
+        self, hidden_states: torch.Tensor, w13: Weight, w2: Weight, topk_ids: torch.Tensor, mapped: int | None
+    ) -> Layer | None:
+        """The layer of these arguments; `mapped` is the length of the expert_map, if any."""
+        shapes = (tuple(w13.values.shape), tuple(w2.values.shape), topk_ids.shape[-1] if topk_ids.dim() else 0)
+        found = self._known.get((hidden_states.dtype, w13.values.dtype, *shapes, mapped), [])
+        for layer in found:
+            if _scale_fits(layer, w13.scale):
+                return layer
+        return found[0] if found else None
+
+
+def stored_shape(layer: Layer, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Shape of a weight as its quant scheme stores it."""
+    return layer.scheme.weight_shape(*shape)
 
 
 def check_call(
     index: LayerIndex,
     hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weight,
+    w2: Weight,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
     expert_map: torch.Tensor | None,
     global_num_experts: int,
     apply_router_weight_on_input: bool,
@@ -41,36 +54,32 @@ def check_call(
 
     TypeError for something that is no tensor or has the wrong dtype, ValueError for a shape, device, stride or value.
     """
-    _check_tensors(hidden_states=hidden_states, w13=w13, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
+    x = hidden_states
+    _check_tensors(hidden_states=x, w13=w13.values, w2=w2.values, topk_weights=topk_weights, topk_ids=topk_ids)
     mapped = None
     if expert_map is not None:
         _check_tensors(expert_map=expert_map)
         mapped = expert_map.numel()
-    shapes = (hidden_states.dtype, tuple(w13.shape), tuple(w2.shape), topk_ids.shape[-1] if topk_ids.dim() else 0)
-    layer = index.find(shapes, mapped)
+    layer = index.find(x, w13, w2, topk_ids, mapped)
     if layer is None:
-        raise _no_layer(index.layers, hidden_states, w13, w2, topk_ids, mapped)
-    if hidden_states.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"hidden_states: device {hidden_states.device} is not allowed; allowed: cuda or cpu")
-    if hidden_states.dim() != 2:
-        raise ValueError(f"hidden_states: dimensions {hidden_states.dim()} is not allowed; allowed: 2")
-    tokens = hidden_states.shape[0]
-    _check("hidden_states", hidden_states, layer.dtype, (tokens, layer.hidden_size), hidden_states)
-    _check("w13", w13, layer.dtype, None, hidden_states)
-    _check("w2", w2, layer.dtype, None, hidden_states)
-    _check("topk_weights", topk_weights, torch.float32, (tokens, layer.top_k), hidden_states, contiguous=True)
-    _check("topk_ids", topk_ids, (torch.int32, torch.int64), (tokens, layer.top_k), hidden_states, contiguous=True)
-    _check_bias("w13_bias", w13_bias, layer, layer.w13_shape[:2], hidden_states)
-    _check_bias("w2_bias", w2_bias, layer, layer.w2_shape[:2], hidden_states)
-    _check_experts(layer, expert_map, global_num_experts, hidden_states)
+        raise _no_layer(index.layers, x, w13.values, w2.values, topk_ids, mapped)
+    if x.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"hidden_states: device {x.device} is not allowed; allowed: cuda or cpu")
+    if x.dim() != 2:
+        raise ValueError(f"hidden_states: dimensions {x.dim()} is not allowed; allowed: 2")
+    tokens = x.shape[0]
+    _check("hidden_states", x, layer.dtype, (tokens, layer.hidden_size), x)
+    _check("topk_weights", topk_weights, torch.float32, (tokens, layer.top_k), x, contiguous=True)
+    _check("topk_ids", topk_ids, (torch.int32, torch.int64), (tokens, layer.top_k), x, contiguous=True)
+    w13 = _check_weight("w13", w13, layer, layer.w13_shape, x)
+    w2 = _check_weight("w2", w2, layer, layer.w2_shape, x)
+    _check_experts(layer, expert_map, global_num_experts, x)
     if apply_router_weight_on_input and layer.top_k != 1:
         raise ValueError(
             f"apply_router_weight_on_input: True is not allowed with top_k {layer.top_k}; allowed: top_k 1"
         )
-    out = _check_out(out, layer, hidden_states)
-    on_input = apply_router_weight_on_input
-    call = Call(hidden_states, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, on_input, out)
-    return layer, call
+    out = _check_out(out, layer, x)
+    return layer, Call(x, w13, w2, topk_weights, topk_ids, expert_map, apply_router_weight_on_input, out)
 
 
 def _check_tensors(**tensors: object) -> None:
@@ -109,21 +118,22 @@ def _no_layer(
     mapped: int | None,
 ) -> Exception:
     """The error about the first argument that fits no layer of this package which fits the arguments before it."""
-    facts: list[tuple[str, str, object, Callable[[Layer], object]]] = [
-        ("hidden_states", "dtype", hidden_states.dtype, lambda layer: layer.dtype),
-        ("hidden_states", "dimensions", hidden_states.dim(), lambda _: 2),
-        ("hidden_states", "hidden size", hidden_states.shape[-1:], lambda layer: (layer.hidden_size,)),
-        ("w13", "shape", w13.shape, lambda layer: layer.w13_shape),
-        ("w2", "shape", w2.shape, lambda layer: layer.w2_shape),
-        ("topk_ids", "dimensions", topk_ids.dim(), lambda _: 2),
-        ("topk_ids", "top_k", topk_ids.shape[-1:], lambda layer: (layer.top_k,)),
-        ("expert_map", "length", mapped, lambda layer: layer.num_experts),
+    facts: list[tuple[str, str, object, Callable[[Layer], Collection[object]]]] = [
+        ("hidden_states", "dtype", hidden_states.dtype, lambda layer: [layer.dtype]),
+        ("hidden_states", "dimensions", hidden_states.dim(), lambda _: [2]),
+        ("hidden_states", "hidden size", hidden_states.shape[-1:], lambda layer: [(layer.hidden_size,)]),
+        ("w13", "dtype", w13.dtype, _weight_dtypes),
+        ("w13", "shape", w13.shape, lambda layer: [stored_shape(layer, layer.w13_shape)]),
+        ("w2", "shape", w2.shape, lambda layer: [stored_shape(layer, layer.w2_shape)]),
+        ("topk_ids", "dimensions", topk_ids.dim(), lambda _: [2]),
+        ("topk_ids", "top_k", topk_ids.shape[-1:], lambda layer: [(layer.top_k,)]),
+        ("expert_map", "length", mapped, lambda layer: [layer.num_experts]),
     ]
     candidates = list(layers)
     for name, what, value, wanted in facts:
-        fitting = [layer for layer in candidates if wanted(layer) == value]
+        fitting = [layer for layer in candidates if value in wanted(layer)]
         if not fitting:
-            allowed = " or ".join(dict.fromkeys(_plain(wanted(layer)) for layer in candidates))
+            allowed = " or ".join(dict.fromkeys(_plain(item) for layer in candidates for item in wanted(layer)))
             kind = TypeError if what == "dtype" else ValueError
             return kind(f"{name}: {what} {_plain(value)} is not allowed; allowed: {allowed}")
         candidates = fitting
@@ -136,13 +146,75 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _check_bias(name: str, bias: torch.Tensor | None, layer: Layer, shape: tuple[int, ...], like: torch.Tensor) -> None:
-    if layer.bias != (bias is not None):
-        given, allowed = ("missing", f"a tensor of shape {list(shape)}") if layer.bias else ("given", "None")
-        raise ValueError(f"{name}: {given}, but this package is built with bias {layer.bias}; allowed: {allowed}")
-    if bias is not None:
-        _check_tensors(**{name: bias})
-        _check(name, bias, (layer.dtype, torch.float32), shape, like, contiguous=True)
+def _weight_dtypes(layer: Layer) -> list[torch.dtype]:
+    return [getattr(torch, name) for name in layer.scheme.weight_dtypes] or [layer.dtype]
+
+
+def _scale_dtypes(layer: Layer) -> tuple[torch.dtype, ...]:
+    names = layer.scheme.scale_dtypes
+    return tuple(layer.dtype if name == "activation" else getattr(torch, name) for name in names)
+
+
+def _scale_fits(layer: Layer, scale: torch.Tensor | None) -> bool:
+    """Whether w13's scale is that of the layer's scheme: tells schemes apart that store weights alike."""
+    shape = layer.scheme.scale_shape(*layer.w13_shape)
+    if scale is None or shape is None:
+        return scale is None and shape is None
+    return scale.dtype in _scale_dtypes(layer) and _squeezed(scale, shape).shape == shape
+
+
+def _squeezed(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """[E, rows, 1] as [E, rows], which some checkpoints store."""
+    return scale.squeeze(-1) if scale.dim() == len(shape) + 1 and scale.shape[-1] == 1 else scale
+
+
+def _check_weight(name: str, weight: Weight, layer: Layer, shape: tuple[int, int, int], like: torch.Tensor) -> Weight:
+    scheme = layer.scheme
+    experts, rows, _ = shape
+    _check(name, weight.values, tuple(_weight_dtypes(layer)), stored_shape(layer, shape), like)
+    words = scheme.words(("2I" if layer.activation.gated else "I", "H") if name == "w13" else ("H", "I"))
+    scale = weight.scale
+    expected = scheme.scale_shape(*shape)
+    if scale is not None and expected is not None:
+        _check_tensors(**{f"{name}_scale": scale})
+        scale = _squeezed(scale, expected)
+    _check_extra(f"{name}_scale", scale, _scale_dtypes(layer), expected, words, like)
+    zeros = scheme.zeros_shape(*shape)
+    _check_extra(f"{name}_zeros", weight.zeros, (torch.uint8,), zeros, "zero points", like)
+    per_expert = (experts,) if scheme.has_global_scale else None
+    _check_extra(f"{name}_global_scale", weight.global_scale, (torch.float32,), per_expert, "[E]", like)
+    given = weight.input_scale
+    if given is not None:
+        _check_tensors(**{f"{name}_input_scale": given})
+        if scheme.kind != "tensor" or scheme.row.activation is None:
+            raise ValueError(f"{name}_input_scale: given, but {scheme.name} has no static scale; allowed: None")
+        given = given.reshape(-1)
+        _check(f"{name}_input_scale", given, torch.float32, (1,), like)
+    bias_shape = (experts, rows) if layer.bias else None
+    _check_extra(f"{name}_bias", weight.bias, (layer.dtype, torch.float32), bias_shape, "[E, rows]", like)
+    return Weight(weight.values, scale, weight.zeros, weight.global_scale, given, weight.bias)
+
+
+def _check_extra(
+    name: str,
+    value: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...] | None,
+    words: str,
+    like: torch.Tensor,
+) -> None:
+    """A tensor that the layer needs (shape is given) or must not get (shape is None)."""
+    if shape is None:
+        if value is not None:
+            raise ValueError(f"{name}: given, but this package is built without; allowed: None")
+        return
+    expected = f"{words} = {list(shape)}, {' or '.join(map(str, dtypes))}, contiguous"
+    if value is None:
+        raise ValueError(f"{name}: missing; expected {expected}")
+    _check_tensors(**{name: value})
+    if value.shape != shape:
+        raise ValueError(f"{name}: shape {list(value.shape)} is not allowed; expected {expected}")
+    _check(name, value, dtypes, shape, like, contiguous=True)
 
 
 def _check_experts(layer: Layer, expert_map: torch.Tensor | None, global_num_experts: int, like: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Layer: one (shape, dtype, quant mode) of a package, and the launches that make up one call of it."""
+"""Layer: one (shape, dtype, quant scheme) of a package, and the launches that make up one call of it."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -9,8 +9,11 @@ import triton
 from .activations import Activation
 from .align import align_into, align_launch_key, align_lengths, align_scratch_size
 from .assignment import low_latency_applies
+from .quant import Scheme
+from .quantise import Activations, Slots, quantise
 from .reduce import reduce_launch_key, top_k_reduce
 from .tile import Gemm, LayerTiles, TileConfig
+from .weight import Weight
 
 # sorted_token_ids, expert_ids, num_tokens_post_padded; the first and the last are None for the low-latency assignment.
 Assignment = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]
@@ -31,27 +34,42 @@ class Layer:
     hidden_size: int
     intermediate_size: int
     dtype: torch.dtype
-    quant: str
+    scheme: Scheme
     activation: Activation
     bias: bool
     kernels: ModuleType
 
     @property
     def w13_shape(self) -> tuple[int, int, int]:
-        """[E, 2I, H], or [E, I, H] for an un-gated activation."""
+        """[E, 2I, H], or [E, I, H] for an un-gated activation; in values, not in packed bytes."""
         rows = self.intermediate_size * (2 if self.activation.gated else 1)
         return (self.local_experts, rows, self.hidden_size)
 
     @property
     def w2_shape(self) -> tuple[int, int, int]:
-        """[E, H, I]."""
+        """[E, H, I] in values, not in packed bytes."""
         return (self.local_experts, self.hidden_size, self.intermediate_size)
+
+    @property
+    def quant(self) -> str:
+        """Name of the quant scheme: `none`, `fp8_w8a8:128x128`."""
+        return self.scheme.name
 
     def gemm(self, op: str) -> Gemm:
         """The facts of gemm1 or gemm2 that tile choice needs."""
         experts, rows, depth = self.w13_shape if op == "gemm1" else self.w2_shape
-        gated = op == "gemm1" and self.activation.gated
-        return Gemm(op, experts, self.top_k, rows, depth, gated, self.dtype.itemsize)
+        size = self.dtype.itemsize
+        return Gemm(
+            op=op,
+            num_experts=experts,
+            top_k=self.top_k,
+            rows=rows,
+            depth=depth,
+            gated=op == "gemm1" and self.activation.gated,
+            a_bits=8 if self.scheme.row.activation in ("fp8", "int8") else 8 * size,
+            w_bits=8 // self.scheme.row.values_per_byte if self.scheme.kind else 8 * size,
+            group_k=self.scheme.group_k,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +77,10 @@ class Call:
     """The checked arguments of one call; shapes as in `fused_experts`."""
 
     hidden_states: torch.Tensor
-    w13: torch.Tensor
-    w2: torch.Tensor
+    w13: Weight
+    w2: Weight
     topk_weights: torch.Tensor
     topk_ids: torch.Tensor
-    w13_bias: torch.Tensor | None
-    w2_bias: torch.Tensor | None
     expert_map: torch.Tensor | None
     apply_router_weight_on_input: bool
     out: torch.Tensor
@@ -72,7 +88,15 @@ class Call:
 
 def is_low_latency(layer: Layer, tokens: int, expert_map: torch.Tensor | None) -> bool:
     """Whether a call of `tokens` tokens takes the low-latency assignment."""
-    return low_latency_applies(tokens, layer.top_k, layer.local_experts, expert_map)
+    return low_latency_applies(
+        tokens,
+        layer.top_k,
+        layer.local_experts,
+        expert_map,
+        use_int8_w8a16=layer.scheme.mode == "int8_w8a16",
+        use_int4_w4a16=layer.scheme.mode == "int4_w4a16",
+        block_shape=layer.scheme.block_shape,
+    )
 
 
 def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> tuple[object, ...]:
@@ -86,30 +110,34 @@ def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.T
 def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     """assignment -> GEMM1 + activation -> GEMM2 -> reduce, into call.out; no host synchronisation.
 
+    A scheme with quantised activations adds one launch before each GEMM (two for a dynamic scale of the whole tensor).
     All memory comes from torch's caching allocator within the call: reused from call to call, and safe on every
     stream and in CUDA graphs.
     """
+    x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()
-    block = tiles.gemm1.BLOCK_SIZE_M
     assignment: Assignment
-    if is_low_latency(layer, call.hidden_states.shape[0], call.expert_map):
+    if is_low_latency(layer, x.shape[0], call.expert_map):
         # What _prepare_expert_assignment returns, less its fill launch: the kernels count the slots themselves.
         assignment = (None, call.topk_ids.view(-1), None)
         num_blocks = slots
     else:
+        block = tiles.gemm1.BLOCK_SIZE_M
         assignment = _align(layer, call, block)
         active = min(slots, layer.local_experts)
         num_blocks = active + (slots - active) // block
-    hidden = call.hidden_states.new_empty((slots, layer.intermediate_size))
-    slot_outputs = call.hidden_states.new_empty((slots, layer.hidden_size))
+    experts = _aligned_experts(layer, call.expert_map)
+    hidden = x.new_empty((slots, layer.intermediate_size))
+    slot_outputs = x.new_empty((slots, layer.hidden_size))
+    routing = (call.topk_weights, assignment, slots, num_blocks)
     on_input = call.apply_router_weight_on_input
-    gemms = (
-        (layer.kernels.gemm1, call.hidden_states, call.w13, call.w13_bias, hidden, layer.top_k, on_input, tiles.gemm1),
-        (layer.kernels.gemm2, hidden, call.w2, call.w2_bias, slot_outputs, 1, not on_input, tiles.gemm2),
-    )
-    for kernel, a, w, bias, out, top_k, weighted, tile in gemms:
-        _launch_gemm(kernel, a, w, bias, out, call.topk_weights, assignment, slots, num_blocks, top_k, weighted, tile)
-    top_k_reduce(slot_outputs, call.topk_ids, call.out, _aligned_experts(layer, call.expert_map), call.expert_map)
+
+    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None)
+    _launch_gemm(layer, "gemm1", a, w13, hidden, routing, layer.top_k, on_input, tiles.gemm1)
+    written = Slots(call.topk_ids, call.expert_map, experts)
+    a = quantise(hidden, layer.scheme, w2.values.dtype, w2.input_scale, written)
+    _launch_gemm(layer, "gemm2", a, w2, slot_outputs, routing, 1, not on_input, tiles.gemm2)
+    top_k_reduce(slot_outputs, call.topk_ids, call.out, experts, call.expert_map)
 
 
 def _align(layer: Layer, call: Call, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,31 +158,31 @@ def _aligned_experts(layer: Layer, expert_map: torch.Tensor | None) -> int:
 
 
 def _launch_gemm(
-    kernel: triton.JITFunction,
-    a: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
+    layer: Layer,
+    op: str,
+    a: Activations,
+    w: Weight,
     out: torch.Tensor,
-    topk_weights: torch.Tensor,
-    assignment: Assignment,
-    slots: int,
-    num_blocks: int,
+    routing: tuple[torch.Tensor, Assignment, int, int],
     top_k: int,
     weighted: bool,
     tile: TileConfig,
 ) -> None:
-    experts, rows, depth = w.shape
+    topk_weights, assignment, slots, num_blocks = routing
+    experts, rows, depth = layer.w13_shape if op == "gemm1" else layer.w2_shape
+    kernel = getattr(layer.kernels, op)
     kernel[(num_blocks * triton.cdiv(rows, tile.BLOCK_SIZE_N),)](
-        a,
-        w,
-        bias,
+        a.values,
+        w.values,
+        w.bias,
         out,
         topk_weights,
         *assignment,
         slots,
-        a.stride(0),
-        w.stride(0),
-        w.stride(1),
+        a.values.stride(0),
+        w.values.stride(0),
+        w.values.stride(1),
+        *_scales(a, w),
         NUM_EXPERTS=experts,
         TOP_K=top_k,
         ROWS=rows,
@@ -168,3 +196,11 @@ def _launch_gemm(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def _scales(a: Activations, w: Weight) -> list[torch.Tensor]:
+    """The arguments that the scheme's template adds, in its order."""
+    scale = w.scale
+    if scale is not None and scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)  # Triton has no e8m0 type: kernels decode the byte
+    return [tensor for tensor in (a.scale, scale, w.zeros, w.global_scale) if tensor is not None]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,11 +12,13 @@ from .device import DeviceFacts, device_facts
 from .layer import Call, Layer, launch_key, run
 from .reference import moe_reference
 from .tile import LayerTiles
+from .weight import Weight
 
+_PARTS = ("", "_scale", "_zeros", "_global_scale", "_input_scale", "_bias")  # in the order of Weight's fields
+_WEIGHT_ARGUMENTS = ", ".join(f"Tensor{'?' if part else ''} {w}{part}" for w in ("w13", "w2") for part in _PARTS)
 OP_SCHEMA = (
-    "fused_experts(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, "
-    "Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, int global_num_experts, "
-    "bool apply_router_weight_on_input) -> Tensor"
+    f"fused_experts(Tensor hidden_states, {_WEIGHT_ARGUMENTS}, Tensor topk_weights, Tensor topk_ids, "
+    "Tensor? expert_map, int global_num_experts, bool apply_router_weight_on_input) -> Tensor"
 )
 
 
@@ -32,12 +35,10 @@ class Package:
     def fused_experts(
         self,
         hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
+        w13: Weight,
+        w2: Weight,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
-        w13_bias: torch.Tensor | None,
-        w2_bias: torch.Tensor | None,
         expert_map: torch.Tensor | None,
         global_num_experts: int,
         apply_router_weight_on_input: bool,
@@ -51,8 +52,6 @@ class Package:
             w2,
             topk_weights,
             topk_ids,
-            w13_bias,
-            w2_bias,
             expert_map,
             global_num_experts,
             apply_router_weight_on_input,
@@ -68,6 +67,12 @@ class Package:
             with torch.cuda.device(hidden_states.device):
                 self._run(layer, call)
         return call.out
+
+    def run_op(self, hidden_states: torch.Tensor, *rest: Any) -> torch.Tensor:  # noqa: ANN401 - OP_SCHEMA has the types
+        """`fused_experts` with the flat arguments of OP_SCHEMA."""
+        count = len(_PARTS)
+        w13, w2 = Weight(*rest[:count]), Weight(*rest[count : 2 * count])
+        return self.fused_experts(hidden_states, w13, w2, *rest[2 * count :])
 
     def warmup(self, max_tokens: int, device: torch.device | str | int | None = None) -> None:
         """Compile and load every kernel that a call of 1..max_tokens tokens can need on one GPU.
@@ -146,7 +151,7 @@ def register_op(namespace: str, package: Package) -> torch.library.Library | Non
         return None
     library = torch.library.Library(namespace, "FRAGMENT")
     library.define(OP_SCHEMA)
-    library.impl("fused_experts", lambda *args: holder.moegen_package.fused_experts(*args), "CompositeExplicitAutograd")
+    library.impl("fused_experts", lambda *args: holder.moegen_package.run_op(*args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{namespace}::fused_experts", _fake, lib=library)
     holder.moegen_library = library  # torch drops the op with its library, and modules of a package may come and go
     return library
@@ -162,36 +167,54 @@ def _variant(call: Call) -> tuple[object, ...]:
 
 
 def _run_reference(layer: Layer, call: Call) -> None:
+    pairs = (("w13", call.w13), ("w2", call.w2))
+    extras = {f"{name}{part}": getattr(w, part[1:]) for name, w in pairs for part in _PARTS if part}
     result = moe_reference(
         call.hidden_states,
-        call.w13,
-        call.w2,
+        call.w13.values,
+        call.w2.values,
         call.topk_weights,
         call.topk_ids,
         layer.activation,
-        w13_bias=call.w13_bias,
-        w2_bias=call.w2_bias,
+        scheme=layer.scheme,
         expert_map=call.expert_map,
         apply_router_weight_on_input=call.apply_router_weight_on_input,
         compute_dtype=torch.float32,
+        **extras,
     )
     call.out.copy_(result)
 
 
 def _padding_call(layer: Layer, tokens: int, expert_map: torch.Tensor | None, memory: str) -> Call:
     shape = (tokens, layer.top_k)
-    weights = [torch.empty(shape, dtype=layer.dtype, device="meta") for shape in (layer.w13_shape, layer.w2_shape)]
-    biases = [w.new_empty(w.shape[:2]) if layer.bias else None for w in weights]
     hidden_states = torch.empty((tokens, layer.hidden_size), dtype=layer.dtype, device=memory)
     return Call(
         hidden_states,
-        weights[0],
-        weights[1],
+        _unread_weight(layer, layer.w13_shape),
+        _unread_weight(layer, layer.w2_shape),
         torch.ones(shape, dtype=torch.float32, device=memory),
         torch.full(shape, -1, dtype=torch.int32, device=memory),
-        biases[0],
-        biases[1],
         expert_map,
         False,
         torch.empty_like(hidden_states),
+    )
+
+
+def _unread_weight(layer: Layer, shape: tuple[int, int, int]) -> Weight:
+    """A weight without memory, for launches that read none of it."""
+    scheme = layer.scheme
+
+    def meta(size: tuple[int, ...] | None, dtypes: tuple[str, ...]) -> torch.Tensor | None:
+        dtype = layer.dtype if not dtypes or dtypes[0] == "activation" else getattr(torch, dtypes[0])
+        return None if size is None else torch.empty(size, dtype=dtype, device="meta")
+
+    values = meta(scheme.weight_shape(*shape), scheme.weight_dtypes)
+    assert values is not None  # noqa: S101 - only optional parts have no shape
+    return Weight(
+        values,
+        meta(scheme.scale_shape(*shape), scheme.scale_dtypes),
+        meta(scheme.zeros_shape(*shape), ("uint8",)),
+        meta(shape[:1] if scheme.has_global_scale else None, ("float32",)),
+        None,
+        meta(shape[:2] if layer.bias else None, ()),
     )

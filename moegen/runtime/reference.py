@@ -1,11 +1,15 @@
 """The layer in plain torch: the oracle of tests, benchmark and tuner, and the path of CPU tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
 
 from .activations import Activation
+from .quant import Scheme
+from .weight import Weight, dequantise, round_activations
+
+UNQUANTISED = Scheme()
 
 
 def moe_reference(
@@ -16,35 +20,51 @@ def moe_reference(
     topk_ids: torch.Tensor,
     activation: Activation,
     *,
-    w13_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
+    scheme: Scheme = UNQUANTISED,
     expert_map: torch.Tensor | None = None,
     apply_router_weight_on_input: bool = False,
     compute_dtype: torch.dtype = torch.float64,
+    **named: torch.Tensor | None,
 ) -> torch.Tensor:
     """out[t] = sum_j weight[t,j] * (act(x[t] @ w13[e].T + b13[e]) @ w2[e].T + b2[e]), e = topk_ids[t,j].
 
-    Shapes as in `fused_experts`; the result is [T, H] in `compute_dtype`, with no rounding in between. Slots with an
-    id outside 0..E-1 or mapped to -1 contribute zero. With `apply_router_weight_on_input` the weight multiplies x
-    before w13 instead of the output (as in Llama 4), so a bias is not weighted.
+    Shapes as in `fused_experts`, as are the further names (w13_scale, w2_bias, …); the result is [T, H] in
+    `compute_dtype`. Weights are dequantised; where `scheme` quantises activations, they are rounded as it does, from
+    the type of hidden_states. Nothing else is rounded in between. Slots with an id outside 0..E-1 or mapped to -1
+    contribute zero. With `apply_router_weight_on_input` the weight multiplies x before w13 instead of the output (as
+    in Llama 4), so a bias is not weighted.
     """
-    num_experts = w13.shape[0]
-    ids = local_ids(topk_ids, expert_map, num_experts)
-    x = hidden_states.to(compute_dtype)
+    first, second = Weight.of("w13", w13, named), Weight.of("w2", w2, named)
+    hidden_size, ids = hidden_states.shape[1], local_ids(topk_ids, expert_map, w13.shape[0])
+    intermediate_size = w13.shape[1] // (2 if activation.gated else 1)
+    x = round_activations(hidden_states.to(compute_dtype), scheme, w13.dtype, first.input_scale)
     weights = topk_weights.to(compute_dtype)
+    tokens, slots = (ids >= 0).nonzero(as_tuple=True)
+    experts, weight = ids[tokens, slots], weights[tokens, slots, None]
+    hidden = x.new_empty((tokens.numel(), intermediate_size))
+    for expert, rows in _by_expert(experts):
+        part = x[tokens[rows]] @ dequantise(first, scheme, expert, hidden_size).to(compute_dtype).T
+        if apply_router_weight_on_input:
+            part = part * weight[rows]
+        if first.bias is not None:
+            part = part + first.bias[expert].to(compute_dtype)
+        hidden[rows] = apply_activation(part, activation)
+    if scheme.row.activation is not None:
+        hidden = hidden.to(hidden_states.dtype).to(compute_dtype)  # what the quantiser reads
+    hidden = round_activations(hidden, scheme, w2.dtype, second.input_scale)
     out = torch.zeros(hidden_states.shape, dtype=compute_dtype, device=hidden_states.device)
-    for expert in ids[ids >= 0].unique().tolist():
-        tokens, slots = (ids == expert).nonzero(as_tuple=True)
-        weight = weights[tokens, slots, None]
-        rows = x[tokens] * weight if apply_router_weight_on_input else x[tokens]
-        hidden = rows @ w13[expert].to(compute_dtype).T
-        if w13_bias is not None:
-            hidden = hidden + w13_bias[expert].to(compute_dtype)
-        slot_out = apply_activation(hidden, activation) @ w2[expert].to(compute_dtype).T
-        if w2_bias is not None:
-            slot_out = slot_out + w2_bias[expert].to(compute_dtype)
-        out.index_add_(0, tokens, slot_out if apply_router_weight_on_input else slot_out * weight)
+    for expert, rows in _by_expert(experts):
+        part = hidden[rows] @ dequantise(second, scheme, expert, intermediate_size).to(compute_dtype).T
+        if second.bias is not None:
+            part = part + second.bias[expert].to(compute_dtype)
+        out.index_add_(0, tokens[rows], part if apply_router_weight_on_input else part * weight[rows])
     return out
+
+
+def _by_expert(experts: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each expert that occurs in `experts`, with the positions where it does."""
+    for expert in torch.unique(experts).tolist():
+        yield expert, (experts == expert).nonzero()[:, 0]
 
 
 def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) -> torch.Tensor:

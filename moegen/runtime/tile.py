@@ -69,7 +69,8 @@ class Gemm:
     rows          weight rows: 2I or I for gemm1, H for gemm2
     depth         length of the reduction: H for gemm1, I for gemm2
     gated         gemm1 with a gated activation: the tile's rows are gate and up rows by turns
-    element_size  bytes of one operand value
+    a_bits, w_bits  bits of a stored activation and weight value
+    group_k       reduction steps that share a scale, 0 = all
     """
 
     op: str
@@ -78,7 +79,19 @@ class Gemm:
     rows: int
     depth: int
     gated: bool
-    element_size: int
+    a_bits: int
+    w_bits: int
+    group_k: int
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether the products are exact float32, without tensor cores."""
+        return self.a_bits == 32
+
+    @property
+    def is_w8a8(self) -> bool:
+        """Whether both operands are 8 bit."""
+        return self.a_bits == 8
 
 
 def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
@@ -99,6 +112,10 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
         return f"num_stages={tile.num_stages} is outside 1..8"
     if not 1 <= tile.GROUP_SIZE_M <= 1024:
         return f"GROUP_SIZE_M={tile.GROUP_SIZE_M} is outside 1..1024"
+    if gemm.is_w8a8 and tile.BLOCK_SIZE_K < 32:
+        return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} is below the 32 steps of an 8-bit tensor-core product"
+    if gemm.is_w8a8 and gemm.group_k % tile.BLOCK_SIZE_K:
+        return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} does not divide the quant group of {gemm.group_k}"
     accumulators = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
     if accumulators > 256:
         return f"{accumulators} accumulators per thread do not fit into 255 registers"
@@ -110,8 +127,10 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
 
 def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
     """Bytes of shared memory that the pipelined operand tiles take: an upper bound (mma.sync drops one stage)."""
-    stages = max(tile.num_stages, 1)
-    operands = (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * tile.BLOCK_SIZE_K * gemm.element_size * stages
+    bits = tile.BLOCK_SIZE_M * gemm.a_bits + tile.BLOCK_SIZE_N * gemm.w_bits
+    operands = bits * tile.BLOCK_SIZE_K * tile.num_stages // 8
+    if gemm.w_bits < gemm.a_bits:  # weights decoded in registers may pass through one more tile
+        operands += tile.BLOCK_SIZE_N * tile.BLOCK_SIZE_K * gemm.a_bits // 8
     epilogue = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N * 4 // (2 if gemm.gated else 1)
     return max(operands, epilogue)
 
@@ -124,7 +143,9 @@ def default_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, lo
     """
     slots = tokens * gemm1.top_k
     block_m = 16 if low_latency else _block_m(slots, gemm1.num_experts)
-    pick = _default_tile if gemm1.element_size < 4 else _default_float32_tile
+    if gemm1.is_w8a8 and gemm1.group_k:
+        block_m = min(block_m, 64)  # scaling at every step holds twice the accumulators
+    pick = _default_float32_tile if gemm1.is_float32 else _default_tile
     tiles = [pick(gemm, block_m, slots if low_latency else 0, device) for gemm in (gemm1, gemm2)]
     return LayerTiles(*(_fitted(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)))
 
@@ -140,16 +161,23 @@ def _block_m(slots: int, num_experts: int) -> int:
 
 def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
     big = device.shared_memory >= 160 * 1024
+    deep = 128 // min(gemm.a_bits, 16) * 8  # 128 bytes of activations
+    if gemm.is_w8a8 and gemm.group_k:
+        deep = min(deep, gemm.group_k)
     if block_m == 128:
-        return TileConfig(128, 256 if big else 128, 64, 16, num_warps=8, num_stages=4 if device.has_wgmma else 3)
+        wide = 256 if big and gemm.w_bits >= gemm.a_bits else 128
+        stages = 4 if device.has_wgmma and gemm.w_bits == 16 else 3
+        return TileConfig(128, wide, deep, 16, num_warps=8, num_stages=stages)
     if block_m == 64:
-        return TileConfig(64, 128, 64, 8, num_warps=4, num_stages=3)
+        return TileConfig(64, 128, deep, 8, num_warps=4, num_stages=3)
     if not device.has_wgmma:
-        return TileConfig(block_m, 128, 128 if big else 64, 1, num_warps=4, num_stages=4 if big else 3)
+        depth = deep if gemm.is_w8a8 else 128 if big else 64
+        return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
     if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
         # More programs than two a multiprocessor: small tiles let many of them share one.
-        return TileConfig(16, 64, 64, 1, SWAP_AB=True, num_warps=4, num_stages=3)
-    return TileConfig(block_m, 64, 128, 1, SWAP_AB=True, num_warps=4, num_stages=4 if lone_slots else 3)
+        return TileConfig(16, 64, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+    depth = deep if gemm.is_w8a8 else 128
+    return TileConfig(block_m, 64, depth, 1, SWAP_AB=True, num_warps=4, num_stages=4 if lone_slots else 3)
 
 
 def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001

@@ -1,0 +1,199 @@
+"""Dynamic and static quantisation of activations, one launch (two for a dynamic scale of the whole tensor).
+
+Formulas are those of vLLM's quantisers, except that int8 rounds to nearest everywhere (vLLM truncates int8 groups).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .quant import Scheme
+
+FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0}
+INT8_MAX = 127.0
+_TENSOR_PROGRAMS = 512  # partial maxima of a whole-tensor scale; every program of the second launch reads them all
+_TENSOR_BLOCK = 4096
+
+
+class Activations(NamedTuple):
+    """Input of one GEMM: values [rows, K] and their float32 scale: [1], [rows], [rows, ceil(K / group)] or None."""
+
+    values: torch.Tensor
+    scale: torch.Tensor | None
+
+
+class Slots(NamedTuple):
+    """Which rows of a [T * k, …] tensor were written: those whose id is valid and, with a map, on this GPU."""
+
+    topk_ids: torch.Tensor
+    expert_map: torch.Tensor | None
+    num_experts: int
+
+
+def quantise(
+    x: torch.Tensor, scheme: Scheme, dtype: torch.dtype, static_scale: torch.Tensor | None, slots: Slots | None
+) -> Activations:
+    """Quantise x [rows, K] as `scheme` wants its activations; `dtype` is that of the stored weights.
+
+    static_scale  float32, one value, for the kind "tensor"; None = dynamic
+    slots         which rows hold values; the others are neither read nor written. None = all
+    """
+    kind = scheme.row.activation
+    if kind is None:
+        return Activations(x, None)
+    rows, depth = x.shape
+    fake = kind == "mxfp8"  # computed in 16 bit on GPUs without a 4-bit by 8-bit product: only the rounding is kept
+    target = torch.int8 if kind == "int8" else torch.float8_e4m3fn if fake else dtype
+    largest = INT8_MAX if kind == "int8" else FP8_MAX[target]
+    values = torch.empty_like(x) if fake else x.new_empty(x.shape, dtype=target)
+    ids, expert_map, num_experts = slots if slots is not None else (None, None, 0)
+    routing = (ids, expert_map, num_experts)
+    if scheme.kind == "tensor":
+        return _by_tensor(x, values, static_scale, routing, largest)
+    group = 32 if fake else scheme.group_k or depth
+    groups = triton.cdiv(depth, group)
+    scale = x.new_empty((rows, groups), dtype=torch.float32)
+    group_block = triton.next_power_of_2(group)
+    per_program = max(1, min(triton.next_power_of_2(groups), 2048 // group_block))
+    _quantise_groups[(rows, triton.cdiv(groups, per_program))](
+        x, values, scale, *routing, depth, x.stride(0), groups,
+        LARGEST=largest, GROUP=group, GROUP_BLOCK=group_block, GROUPS=per_program,
+        LEAST=_least(scheme, largest), UE8M0=scheme.ue8m0 or fake, FAKE=fake,
+        num_warps=max(1, min(8, per_program * group_block // 512)),
+    )  # fmt: skip
+    return Activations(values, None if fake else scale)
+
+
+def _by_tensor(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    static_scale: torch.Tensor | None,
+    routing: tuple[torch.Tensor | None, torch.Tensor | None, int],
+    largest: float,
+) -> Activations:
+    rows, depth = x.shape
+    scale, partial = static_scale, None
+    if scale is None:
+        scale, partial = x.new_empty(1 + _TENSOR_PROGRAMS, dtype=torch.float32).split((1, _TENSOR_PROGRAMS))
+        _tensor_maximum[(_TENSOR_PROGRAMS,)](
+            x, partial, *routing, rows, depth, x.stride(0), BLOCK=_TENSOR_BLOCK, num_warps=8
+        )
+    block = min(_TENSOR_BLOCK, triton.next_power_of_2(depth))
+    _quantise_tensor[(rows, triton.cdiv(depth, block))](
+        x, values, scale, partial, *routing, depth, x.stride(0),
+        LARGEST=largest, PARTIALS=_TENSOR_PROGRAMS, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return Activations(values, scale.view(1))
+
+
+def _least(scheme: Scheme, largest: float) -> float:
+    """The smallest maximum that a scale is made from: guards against a division by zero."""
+    return 1.0 / 512 if scheme.kind in ("channel", "tensor_token") and largest != INT8_MAX else 1e-10
+
+
+@triton.jit
+def _is_live(topk_ids, expert_map, num_experts, row):
+    if topk_ids is None:
+        return row >= 0
+    else:
+        expert = tl.load(topk_ids + row)
+        live = (expert >= 0) & (expert < num_experts)
+        if expert_map is not None:
+            live = live & (tl.load(expert_map + expert, mask=live, other=-1) >= 0)
+        return live
+
+
+@triton.jit
+def _store_quantised(pointers, values, mask, LARGEST: tl.constexpr):
+    """Clamp, round to nearest and store values that are already divided by their scale."""
+    values = tl.clamp(values, -LARGEST, LARGEST)
+    if pointers.dtype.element_ty == tl.int8:
+        values = tl.floor(values + 0.5)
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def _quantise_groups(
+    x,
+    out,
+    scale,
+    topk_ids,
+    expert_map,
+    num_experts,
+    depth,
+    stride,
+    groups,
+    LARGEST: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LEAST: tl.constexpr,
+    UE8M0: tl.constexpr,
+    FAKE: tl.constexpr,
+):
+    """Program (row, block of GROUPS groups): one scale a group of GROUP values."""
+    row = tl.program_id(0).to(tl.int64)
+    if not _is_live(topk_ids, expert_map, num_experts, row):
+        return
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    lane = tl.arange(0, GROUP_BLOCK)
+    column = group[:, None] * GROUP + lane[None, :]
+    inside = (lane < GROUP)[None, :] & (column < depth)
+    values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    step = tl.maximum(tl.max(tl.abs(values), 1), LEAST) / LARGEST
+    if UE8M0:  # up to the next power of two: add all mantissa bits, then cut them off
+        bits = step.to(tl.int32, bitcast=True) + 0x7FFFFF
+        step = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    if FAKE:
+        rounded = tl.clamp(values / step[:, None], -LARGEST, LARGEST).to(tl.float8e4nv).to(tl.float32)
+        tl.store(out + row * depth + column, (rounded * step[:, None]).to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(scale + row * groups + group, step, mask=group < groups)
+        _store_quantised(out + row * depth + column, values / step[:, None], inside, LARGEST)
+
+
+@triton.jit(do_not_specialize=["num_experts", "rows"])
+def _tensor_maximum(x, partial, topk_ids, expert_map, num_experts, rows, depth, stride, BLOCK: tl.constexpr):
+    """Program p: largest magnitude of the rows p, p + programs, …"""
+    lane = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0).to(tl.int64)
+    for step in range(0, rows - tl.program_id(0), tl.num_programs(0)):
+        row = first + step
+        live = _is_live(topk_ids, expert_map, num_experts, row)
+        for start in range(0, depth, BLOCK):
+            mask = (start + lane < depth) & live
+            largest = tl.maximum(largest, tl.abs(tl.load(x + row * stride + start + lane, mask=mask, other=0.0)))
+    tl.store(partial + tl.program_id(0), tl.max(largest, 0))
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def _quantise_tensor(
+    x,
+    out,
+    scale,
+    partial,
+    topk_ids,
+    expert_map,
+    num_experts,
+    depth,
+    stride,
+    LARGEST: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (row, block): one scale [1] for the whole tensor, read, or made from partial maxima and written."""
+    row = tl.program_id(0).to(tl.int64)
+    if partial is None:
+        step = tl.load(scale)
+    else:
+        step = tl.maximum(tl.max(tl.load(partial + tl.arange(0, PARTIALS)), 0) / LARGEST, 1e-10)
+        if (row == 0) & (tl.program_id(1) == 0):
+            tl.store(scale, step)
+    if not _is_live(topk_ids, expert_map, num_experts, row):
+        return
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + row * stride + column, mask=column < depth, other=0.0).to(tl.float32)
+    _store_quantised(out + row * depth + column, values / step, column < depth, LARGEST)

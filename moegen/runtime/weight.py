@@ -1,0 +1,117 @@
+"""Weight: a stored weight with its scales, and what it is worth in real numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .quant import Scheme
+
+# OCP MX e2m1: sign, two exponent bits, one mantissa bit
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One GEMM's weight with what belongs to it; shapes are those of `Scheme`.
+
+    values        stored weights [E, rows, K or K / 2]
+    scale         weight scales
+    zeros         zero points, uint8
+    global_scale  [E] float32
+    input_scale   static scale of the GEMM's activations, one float32
+    bias          [E, rows]
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, values: torch.Tensor, named: Mapping[str, torch.Tensor | None]) -> "Weight":
+        """Collect `w13_scale`, `w13_bias` and so on for the name "w13"."""
+        parts = ("scale", "zeros", "global_scale", "input_scale", "bias")
+        return cls(values, *(named.get(f"{name}_{part}") for part in parts))
+
+
+def decode_e8m0(scale: torch.Tensor) -> torch.Tensor:
+    """2 ** (byte - 127) in float64; other dtypes are converted as they are."""
+    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        return torch.exp2(scale.view(torch.uint8).double() - 127)
+    return scale.double()
+
+
+def unpack_nibbles(packed: torch.Tensor, count: int, dim: int = -1) -> torch.Tensor:
+    """uint8 [..., n] -> int64 [..., count] along `dim`, the low nibble first."""
+    low, high = packed & 0xF, packed >> 4
+    dim = dim % packed.dim()
+    return torch.stack((low, high), dim + 1).flatten(dim, dim + 1).narrow(dim, 0, count).long()
+
+
+def dequantise(weight: Weight, scheme: Scheme, expert: int, depth: int) -> torch.Tensor:
+    """Real values [rows, depth] of one expert in float64 (unquantised weights keep their dtype)."""
+    stored = weight.values[expert]
+    if not scheme.kind:
+        return stored
+    rows = stored.shape[0]
+    if scheme.row.values_per_byte == 2:
+        nibbles = unpack_nibbles(stored, depth)
+        table = torch.tensor(E2M1, dtype=torch.float64, device=stored.device)
+        values = nibbles.double() if scheme.mode == "int4_w4a16" else table[nibbles]
+    else:
+        values = stored.double()
+    if weight.scale is None:
+        raise ValueError(f"scale: missing; {scheme.name} needs one")
+    scale = decode_e8m0(weight.scale[expert])
+    if scheme.group_n == 0:
+        return values * scale
+    if scheme.group_k == 0:
+        return values * scale.reshape(rows, 1)
+
+    def spread(groups: torch.Tensor, group_n: int) -> torch.Tensor:
+        wide = groups.repeat_interleave(scheme.group_k, 1)[:, :depth]
+        return wide.repeat_interleave(group_n, 0)[:rows]
+
+    if scheme.zero_points and weight.zeros is not None:
+        zeros = weight.zeros[expert]
+        if scheme.row.values_per_byte == 2:
+            zeros = unpack_nibbles(zeros, rows, 0)
+        values = values - spread(zeros.double(), 1)
+    elif scheme.mode in ("int4_w4a16", "int8_w8a16"):
+        values = values - (8 if scheme.mode == "int4_w4a16" else 128)
+    values = values * spread(scale, scheme.group_n)
+    return values if weight.global_scale is None else values * weight.global_scale[expert].double()
+
+
+def round_activations(
+    x: torch.Tensor, scheme: Scheme, stored: torch.dtype, static_scale: torch.Tensor | None
+) -> torch.Tensor:
+    """x [rows, K] as the GEMM sees it after quantisation: quantised and dequantised again, in x's dtype.
+
+    Formulas: quantise.py. For a scale of the whole tensor, x must hold only the rows that count.
+    """
+    kind = scheme.row.activation
+    if kind is None or x.numel() == 0:
+        return x
+    rows, depth = x.shape
+    largest = 127.0 if kind == "int8" else 240.0 if stored == torch.float8_e4m3fnuz else 448.0
+    group = 32 if kind == "mxfp8" else scheme.group_k or depth
+    padded = torch.nn.functional.pad(x, (0, -depth % group)).reshape(rows, -1, group)
+    if static_scale is not None:
+        step = static_scale.reshape(1, 1, 1).to(x.dtype)
+    else:
+        amax = x.abs().max().reshape(1, 1, 1) if scheme.kind == "tensor" else padded.abs().amax(-1, keepdim=True)
+        by_token = scheme.kind in ("channel", "tensor_token") and kind == "fp8"
+        step = amax.clamp(min=1 / 512 if by_token else 1e-10) / largest
+        if scheme.ue8m0 or kind == "mxfp8":
+            step = torch.exp2(torch.log2(step).ceil())
+    scaled = (padded / step).clamp(-largest, largest)
+    if kind == "int8":
+        rounded = torch.floor(scaled + 0.5)
+    else:
+        target = stored if kind == "fp8" else torch.float8_e4m3fn
+        rounded = scaled.float().to(target).to(x.dtype)
+    return (rounded * step).reshape(rows, -1)[:, :depth]
