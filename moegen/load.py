@@ -31,10 +31,11 @@ def import_package(folder: Path) -> ModuleType:
     folder = folder.resolve()
     read_manifest(folder)
     init = folder / "__init__.py"
+    built = (folder / "manifest.json").read_bytes()
     loaded = sys.modules.get(folder.name)
-    if loaded is not None and loaded.__file__ == str(init):
+    if loaded is not None and loaded.__file__ == str(init) and loaded.__dict__.get("_manifest") == built:
         return loaded
-    _forget(folder.name)  # a package of the same name from another folder
+    _forget(folder.name)  # a package of the same name from another folder, or an older build of this one
     spec = importlib.util.spec_from_file_location(folder.name, init, submodule_search_locations=[str(folder)])
     if spec is None or spec.loader is None:
         raise PackageError(f"{init} cannot be imported")
@@ -45,6 +46,7 @@ def import_package(folder: Path) -> ModuleType:
     except BaseException:
         _forget(folder.name)  # or the next import would find a half-executed module
         raise
+    module.__dict__["_manifest"] = built
     return module
 
 

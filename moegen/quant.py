@@ -41,16 +41,14 @@ def kernel_quant(scheme: Scheme) -> KernelQuant:
             dot_arguments=", out_dtype=tl.int32" if exact else "",
         )
     template = "kernels/grouped_gemm_weight_only.py.jinja"
-    if scheme.group_k == 0:
-        return KernelQuant(scheme=scheme, template=template)
     decode = {"int4_w4a16": "decode_int4", "int8_w8a16": "decode_plain", "mxfp8": "decode_plain"}
     function = decode.get(scheme.mode, "decode_e2m1")
     values = f"{function}(w_tile)"
     imports: tuple[str, ...] = (function, "decode_scale", "group_tile")
     if scheme.zero_points:
         zeros = "packed_zeros_tile" if scheme.row.values_per_byte == 2 else "zeros_tile"
-        values += f" - {zeros}(w_zeros, expert, rows, k, ROWS, DEPTH, {scheme.group_k}, BLOCK_SIZE_K)"
+        values += f" - {zeros}(w_zeros, expert, rows, k, ROWS, DEPTH, GROUP_K, BLOCK_SIZE_K)"
         imports = (*imports, zeros)
-    elif scheme.mode in ("int4_w4a16", "int8_w8a16"):
+    elif scheme.kind == "gK" and scheme.mode in ("int4_w4a16", "int8_w8a16"):
         values += " - 8.0" if scheme.mode == "int4_w4a16" else " - 128.0"
     return KernelQuant(scheme=scheme, template=template, values=values, imports=imports)

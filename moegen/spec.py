@@ -18,6 +18,7 @@ from moegen.runtime.quant import Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_EXPERTS = 1024
+MAX_TOP_K = 32  # the reduce kernel keeps a token's live slots as the bits of one int32
 
 _SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _SILU = Activation()
@@ -34,7 +35,9 @@ def _refused(path: str, value: object, allowed: str) -> SpecError:
 
 def _check_sizes(num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> None:
     _check_int("num_experts", num_experts, MAX_EXPERTS)
-    _check_int("top_k", top_k, num_experts, "num_experts")
+    if num_experts <= MAX_TOP_K:
+        _check_int("top_k", top_k, num_experts, "num_experts")
+    _check_int("top_k", top_k, MAX_TOP_K)
     _check_int("hidden_size", hidden_size)
     _check_int("intermediate_size", intermediate_size)
 

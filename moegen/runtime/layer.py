@@ -134,10 +134,10 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
 
     a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None)
     _launch_gemm(layer, "gemm1", a, w13, hidden, routing, layer.top_k, on_input, tiles.gemm1)
-    written = Slots(call.topk_ids, call.expert_map, experts)
+    written = Slots(call.topk_ids, call.expert_map, experts, layer.local_experts)
     a = quantise(hidden, layer.scheme, w2.values.dtype, w2.input_scale, written)
     _launch_gemm(layer, "gemm2", a, w2, slot_outputs, routing, 1, not on_input, tiles.gemm2)
-    top_k_reduce(slot_outputs, call.topk_ids, call.out, experts, call.expert_map)
+    top_k_reduce(slot_outputs, call.topk_ids, call.out, experts, call.expert_map, layer.local_experts)
 
 
 def _align(layer: Layer, call: Call, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -182,7 +182,7 @@ def _launch_gemm(
         a.values.stride(0),
         w.values.stride(0),
         w.values.stride(1),
-        *_scales(a, w),
+        *_scales(layer.scheme, a, w),
         NUM_EXPERTS=experts,
         TOP_K=top_k,
         ROWS=rows,
@@ -198,9 +198,11 @@ def _launch_gemm(
     )
 
 
-def _scales(a: Activations, w: Weight) -> list[torch.Tensor]:
+def _scales(scheme: Scheme, a: Activations, w: Weight) -> tuple[torch.Tensor | None, ...]:
     """The arguments that the scheme's template adds, in its order."""
     scale = w.scale
     if scale is not None and scale.dtype == torch.float8_e8m0fnu:
         scale = scale.view(torch.uint8)  # Triton has no e8m0 type: kernels decode the byte
-    return [tensor for tensor in (a.scale, scale, w.zeros, w.global_scale) if tensor is not None]
+    if a.scale is not None:
+        return a.scale, scale
+    return (scale, w.zeros, w.global_scale) if scheme.kind else ()

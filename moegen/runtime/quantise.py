@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .quant import Scheme
+from .reduce import is_live
 
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0}
 INT8_MAX = 127.0
@@ -30,6 +31,7 @@ class Slots(NamedTuple):
     topk_ids: torch.Tensor
     expert_map: torch.Tensor | None
     num_experts: int
+    num_local: int
 
 
 def quantise(
@@ -48,8 +50,7 @@ def quantise(
     target = torch.int8 if kind == "int8" else torch.float8_e4m3fn if fake else dtype
     largest = INT8_MAX if kind == "int8" else FP8_MAX[target]
     values = torch.empty_like(x) if fake else x.new_empty(x.shape, dtype=target)
-    ids, expert_map, num_experts = slots if slots is not None else (None, None, 0)
-    routing = (ids, expert_map, num_experts)
+    routing = slots if slots is not None else (None, None, 0, 0)
     if scheme.kind == "tensor":
         return _by_tensor(x, values, static_scale, routing, largest)
     group = 32 if fake else scheme.group_k or depth
@@ -70,7 +71,7 @@ def _by_tensor(
     x: torch.Tensor,
     values: torch.Tensor,
     static_scale: torch.Tensor | None,
-    routing: tuple[torch.Tensor | None, torch.Tensor | None, int],
+    routing: tuple[torch.Tensor | None, torch.Tensor | None, int, int],
     largest: float,
 ) -> Activations:
     rows, depth = x.shape
@@ -94,15 +95,11 @@ def _least(scheme: Scheme, largest: float) -> float:
 
 
 @triton.jit
-def _is_live(topk_ids, expert_map, num_experts, row):
+def _is_live(topk_ids, expert_map, num_experts, num_local, row):
     if topk_ids is None:
         return row >= 0
     else:
-        expert = tl.load(topk_ids + row)
-        live = (expert >= 0) & (expert < num_experts)
-        if expert_map is not None:
-            live = live & (tl.load(expert_map + expert, mask=live, other=-1) >= 0)
-        return live
+        return is_live(tl.load(topk_ids + row), expert_map, num_experts, num_local)
 
 
 @triton.jit
@@ -114,7 +111,7 @@ def _store_quantised(pointers, values, mask, LARGEST: tl.constexpr):
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_experts"])
+@triton.jit(do_not_specialize=["num_experts", "num_local"])
 def _quantise_groups(
     x,
     out,
@@ -122,6 +119,7 @@ def _quantise_groups(
     topk_ids,
     expert_map,
     num_experts,
+    num_local,
     depth,
     stride,
     groups,
@@ -135,7 +133,7 @@ def _quantise_groups(
 ):
     """Program (row, block of GROUPS groups): one scale a group of GROUP values."""
     row = tl.program_id(0).to(tl.int64)
-    if not _is_live(topk_ids, expert_map, num_experts, row):
+    if not _is_live(topk_ids, expert_map, num_experts, num_local, row):
         return
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     lane = tl.arange(0, GROUP_BLOCK)
@@ -154,22 +152,22 @@ def _quantise_groups(
         _store_quantised(out + row * depth + column, values / step[:, None], inside, LARGEST)
 
 
-@triton.jit(do_not_specialize=["num_experts", "rows"])
-def _tensor_maximum(x, partial, topk_ids, expert_map, num_experts, rows, depth, stride, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_experts", "num_local", "rows"])
+def _tensor_maximum(x, partial, topk_ids, expert_map, num_experts, num_local, rows, depth, stride, BLOCK: tl.constexpr):
     """Program p: largest magnitude of the rows p, p + programs, …"""
     lane = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
     first = tl.program_id(0).to(tl.int64)
     for step in range(0, rows - tl.program_id(0), tl.num_programs(0)):
         row = first + step
-        live = _is_live(topk_ids, expert_map, num_experts, row)
+        live = _is_live(topk_ids, expert_map, num_experts, num_local, row)
         for start in range(0, depth, BLOCK):
             mask = (start + lane < depth) & live
             largest = tl.maximum(largest, tl.abs(tl.load(x + row * stride + start + lane, mask=mask, other=0.0)))
     tl.store(partial + tl.program_id(0), tl.max(largest, 0))
 
 
-@triton.jit(do_not_specialize=["num_experts"])
+@triton.jit(do_not_specialize=["num_experts", "num_local"])
 def _quantise_tensor(
     x,
     out,
@@ -178,6 +176,7 @@ def _quantise_tensor(
     topk_ids,
     expert_map,
     num_experts,
+    num_local,
     depth,
     stride,
     LARGEST: tl.constexpr,
@@ -192,7 +191,7 @@ def _quantise_tensor(
         step = tl.maximum(tl.max(tl.load(partial + tl.arange(0, PARTIALS)), 0) / LARGEST, 1e-10)
         if (row == 0) & (tl.program_id(1) == 0):
             tl.store(scale, step)
-    if not _is_live(topk_ids, expert_map, num_experts, row):
+    if not _is_live(topk_ids, expert_map, num_experts, num_local, row):
         return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + row * stride + column, mask=column < depth, other=0.0).to(tl.float32)

@@ -26,17 +26,25 @@ class ReduceTiles(NamedTuple):
 
 
 @triton.jit
-def _live_slots(topk_ids, expert_map, token, num_experts, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr):
+def is_live(ids, expert_map, num_experts, num_local):
+    """Whether these ids belong to an expert whose weights are on this rank."""
+    live = (ids >= 0) & (ids < num_experts)
+    if expert_map is not None:
+        local = tl.load(expert_map + ids, mask=live, other=-1)
+        live = (local >= 0) & (local < num_local)
+    return live
+
+
+@triton.jit
+def _live_slots(topk_ids, expert_map, token, num_experts, num_local, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr):
     """Bit j is set if slot j of the token was computed on this rank."""
     slot = tl.arange(0, TOP_K_PADDED)
     ids = tl.load(topk_ids + token * TOP_K + slot, mask=slot < TOP_K, other=-1)
-    live = (ids >= 0) & (ids < num_experts)
-    if expert_map is not None:
-        live = tl.load(expert_map + ids, mask=live, other=-1) >= 0
+    live = is_live(ids, expert_map, num_experts, num_local)
     return tl.sum(live.to(tl.int32) << slot, 0)
 
 
-@triton.jit(do_not_specialize=["num_experts"], do_not_specialize_on_alignment=["topk_ids", "expert_map"])
+@triton.jit(do_not_specialize=["num_experts", "num_local"], do_not_specialize_on_alignment=["topk_ids", "expert_map"])
 def top_k_reduce_kernel(
     slot_outputs,
     topk_ids,
@@ -46,6 +54,7 @@ def top_k_reduce_kernel(
     slot_stride,
     out_stride,
     num_experts,
+    num_local,
     TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -56,7 +65,7 @@ def top_k_reduce_kernel(
     columns = (tl.program_id(0) % column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = columns < hidden_size
     # All ids are looked at before the first row is loaded: the row loads then depend on nothing and overlap.
-    live = _live_slots(topk_ids, expert_map, token, num_experts, TOP_K, TOP_K_PADDED)
+    live = _live_slots(topk_ids, expert_map, token, num_experts, num_local, TOP_K, TOP_K_PADDED)
     rows = slot_outputs + token * TOP_K * slot_stride + columns
     total = tl.zeros((BLOCK_H,), tl.float32)
     for slot in tl.static_range(TOP_K):
@@ -77,6 +86,7 @@ def top_k_reduce(
     out: torch.Tensor,
     num_experts: int,
     expert_map: torch.Tensor | None = None,
+    num_local: int | None = None,
 ) -> None:
     """out[t] = Σ_j slot_outputs[t · top_k + j]: float32 sum in slot order, one cast to out's dtype.
 
@@ -85,6 +95,7 @@ def top_k_reduce(
     out          [T, H], rows may be strided; dtype may differ from slot_outputs'
     num_experts  ids are global expert numbers below it: the length of expert_map if there is one
     expert_map   int32 [num_experts], −1 = on another rank
+    num_local    experts on this rank: a map beyond them is no expert of this rank (default: no bound)
 
     A slot whose id is < 0 or >= num_experts or on another rank is never read and adds exactly zero. Raises ValueError
     for shapes and strides that do not fit.
@@ -98,7 +109,8 @@ def top_k_reduce(
     programs = num_tokens * -(-hidden_size // tiles.block_h)
     top_k_reduce_kernel[(programs,)](
         slot_outputs, topk_ids, expert_map, out,
-        hidden_size, slot_outputs.stride(0), out.stride(0), num_experts,
+        hidden_size, slot_outputs.stride(0), out.stride(0),
+        num_experts, num_experts if num_local is None else num_local,
         TOP_K=top_k, TOP_K_PADDED=1 << (top_k - 1).bit_length(), BLOCK_H=tiles.block_h, num_warps=tiles.num_warps,
     )  # fmt: skip
 

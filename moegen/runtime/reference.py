@@ -74,6 +74,7 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_exper
     ids = torch.where((ids >= 0) & (ids < limit), ids, -1)
     if expert_map is not None:
         ids = torch.where(ids >= 0, expert_map.long()[ids.clamp(min=0)], -1)
+        ids = torch.where(ids < num_experts, ids, -1)
     return ids
 
 

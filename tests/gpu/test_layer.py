@@ -131,7 +131,7 @@ def test_reference_grid(build: Any, t: int, i: int, h: int, e: int, k: int, ep: 
     package = build(e, k, h, i, dtype, ep)
     for seed in SEEDS:
         arguments = inputs(package.LAYERS[0], t, seed, padded=seed == 1)
-        check(package, arguments, graph=i >= 1024 and h >= 1024 or seed == 0)
+        check(package, arguments, graph=(i >= 1024 and h >= 1024) or seed == 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
