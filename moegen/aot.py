@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def compile_targets(folder: Path, targets: list[str], max_tokens: int = 65536, j
     for target in targets:
         target_facts(target)
     arguments = [(str(folder), target, max_tokens) for target in targets]
-    with ProcessPoolExecutor(min(jobs, len(targets)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(jobs, len(targets)), mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         return [item for found in pool.map(_compile_target, arguments) for item in found]
 
 
@@ -75,7 +75,7 @@ def _compile_target(arguments: tuple[str, str, int]) -> list[Compiled]:
                     failed = Compiled(target, layer.slug, kernel, tokens, constants, error=_reason(failure))
                 found += [_measure(target, layer.slug, tokens, kernel, text) for kernel, text in compiled]
                 found += [failed] if failed else []
-    return list(dict.fromkeys(found))
+    return list({replace(item, tokens=0): item for item in reversed(found)}.values())[::-1]
 
 
 def _reason(failure: Exception) -> str:

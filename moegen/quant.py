@@ -13,7 +13,9 @@ class KernelQuant:
     template       skeleton that gemm1 and gemm2 extend
     accumulator    Triton type of the accumulator
     dot_arguments  further arguments of tl.dot
-    values         Triton expression: real weights of a tile less their scale
+    values         Triton expression: real weights of a tile
+    e2m1           whether the weights are e2m1, whose decoded values may stay small (kernel_parts.real_e2m1)
+    zeros          function that loads the zero points of a tile, or ""
     imports        names that the template takes from runtime/kernel_parts.py
     """
 
@@ -22,6 +24,8 @@ class KernelQuant:
     accumulator: str = "tl.float32"
     dot_arguments: str = ""
     values: str = ""
+    e2m1: bool = False
+    zeros: str = ""
     imports: tuple[str, ...] = ()
 
 
@@ -40,15 +44,26 @@ def kernel_quant(scheme: Scheme) -> KernelQuant:
             accumulator="tl.int32" if exact else "tl.float32",
             dot_arguments=", out_dtype=tl.int32" if exact else "",
         )
-    template = "kernels/grouped_gemm_weight_only.py.jinja"
-    decode = {"int4_w4a16": "decode_int4", "int8_w8a16": "decode_plain", "mxfp8": "decode_plain"}
-    function = decode.get(scheme.mode, "decode_e2m1")
-    values = f"{function}(w_tile)"
-    imports: tuple[str, ...] = (function, "decode_scale", "group_tile")
-    if scheme.zero_points:
-        zeros = "packed_zeros_tile" if scheme.row.values_per_byte == 2 else "zeros_tile"
-        values += f" - {zeros}(w_zeros, expert, rows, k, ROWS, DEPTH, GROUP_K, BLOCK_SIZE_K)"
-        imports = (*imports, zeros)
-    elif scheme.kind == "gK" and scheme.mode in ("int4_w4a16", "int8_w8a16"):
-        values += " - 8.0" if scheme.mode == "int4_w4a16" else " - 128.0"
-    return KernelQuant(scheme=scheme, template=template, values=values, imports=imports)
+    values, zeros = _weight_values(scheme)
+    function = [values.partition("(")[0]] if "(" in values else []
+    return KernelQuant(
+        scheme=scheme,
+        template="kernels/grouped_gemm_weight_only.py.jinja",
+        values=values,
+        e2m1=values.startswith("real_e2m1"),
+        zeros=zeros,
+        imports=(*function, "decode_scale", "load_groups", "spread_groups", "E2M1_SMALL", *([zeros] if zeros else [])),
+    )
+
+
+def _weight_values(scheme: Scheme) -> tuple[str, str]:
+    """The Triton expression that decodes a weight tile, and the function that loads its zero points, if any."""
+    if scheme.mode == "int8_w8a16" and scheme.kind == "channel":
+        return "w_tile", ""
+    if scheme.mode in ("int4_w4a16", "int8_w8a16"):
+        four_bit = scheme.mode == "int4_w4a16"
+        function, middle = ("real_int4", "8.0") if four_bit else ("real_uint8", "128.0")
+        if not scheme.zero_points:
+            return f"{function}(w_tile, scale, {middle})", ""
+        return f"{function}(w_tile, scale, zeros)", "load_packed_zeros" if four_bit else "load_zeros"
+    return ("real_float8(w_tile, scale)" if scheme.mode == "mxfp8" else "real_e2m1(w_tile, scale, SMALL)"), ""

@@ -6,8 +6,8 @@ All four dataclasses check themselves, so a spec that exists is a valid one. Eve
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from itertools import product
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,34 @@ def _check_scheme(path: str, value: object) -> None:
         Scheme.parse(value)
     except ValueError as error:
         raise SpecError(f"{path}: {error}") from error
+
+
+def _check_told_apart(variants: Collection["VariantSpec"], quant: tuple[str, ...]) -> None:
+    """Two schemes of one package must differ in tensors that a call passes, since those alone select the layer."""
+    names = [Scheme.parse(item).name for item in quant]
+    for (i, one), (j, other) in combinations(enumerate(names), 2):
+        for variant in variants:
+            if variant.quant == one and _stored_alike(variant, replace(variant, quant=other)):
+                form = f"in {variant.slug} both store weights and scales in the same types and shapes"
+                allowed = f"a scheme that a call can tell from quant[{i}], {quant[i]!r}; {form}: build two packages"
+                raise _refused(f"quant[{j}]", quant[j], allowed)
+
+
+def _stored_alike(one: "VariantSpec", other: "VariantSpec") -> bool:
+    a, b = one.scheme, other.scheme
+    types = [
+        {one.dtype if name == "activation" else name for name in names or (one.dtype,)}
+        for names in (a.weight_dtypes, b.weight_dtypes, a.scale_dtypes, b.scale_dtypes)
+    ]
+    if not (types[0] & types[1] and types[2] & types[3]):
+        return False
+    for shape in (one.w13_shape, one.w2_shape):
+        scales = [scheme.scale_shape(*shape) or () for scheme in (a, b)]
+        if not {scales[0], (*scales[0], 1)} & {scales[1], (*scales[1], 1)}:  # a trailing 1 is accepted
+            return False
+        if a.weight_shape(*shape) != b.weight_shape(*shape) or a.zeros_shape(*shape) != b.zeros_shape(*shape):
+            return False
+    return True
 
 
 def _check_activation(activation: object) -> None:
@@ -202,6 +230,8 @@ class MoESpec:
         for (s, shape), (p, split) in product(enumerate(self.shapes), enumerate(self.parallel)):
             _check_divides(f"parallel[{p}].tp", split.tp, f"shapes[{s}].intermediate_size", shape.intermediate_size)
             _check_divides(f"parallel[{p}].ep", split.ep, f"shapes[{s}].num_experts", shape.num_experts)
+        if len(self.quant) > 1:
+            _check_told_apart(self.variants(), self.quant)
 
     @property
     def slug(self) -> str:

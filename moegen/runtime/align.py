@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .kernel_parts import pdl_begin, pdl_option
+
 MAX_EXPERTS = 1024
 
 NO_MAP = tl.constexpr(0)
@@ -109,9 +111,10 @@ def _sum_chunks(chunk_counts, cut, end, BINS: tl.constexpr):
 @triton.jit(do_not_specialize=_PLAIN_INTS, do_not_specialize_on_alignment=_POINTERS)
 def align_count_kernel(
     topk_ids, expert_map, chunk_counts, numel, num_experts, chunk_size,
-    MAPPING: tl.constexpr, BINS: tl.constexpr, COUNT_TILE: tl.constexpr,
+    MAPPING: tl.constexpr, BINS: tl.constexpr, COUNT_TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First of two launches: program p writes row p of chunk_counts [chunks, BINS]."""
+    pdl_begin(PDL)
     chunk = tl.program_id(0)
     first = chunk * chunk_size
     end = tl.minimum(first + chunk_size, numel)
@@ -173,9 +176,10 @@ def _write_blocks(
 def align_kernel(
     topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded,
     numel, num_experts, block_size, length, num_blocks, chunk_size, num_chunks, blocks_per_program,
-    MAPPING: tl.constexpr, BINS: tl.constexpr, COUNT_TILE: tl.constexpr, SLOT_TILE: tl.constexpr,
+    MAPPING: tl.constexpr, BINS: tl.constexpr, COUNT_TILE: tl.constexpr, SLOT_TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs 0 … num_chunks − 1 are slot programs, the rest block programs; every entry is written exactly once."""
+    pdl_begin(PDL)
     program = tl.program_id(0)
     first = program * chunk_size
     if chunk_counts is None:
@@ -251,6 +255,7 @@ def align_into(
     expert_map: torch.Tensor | None = None,
     ignore_invalid_experts: bool = False,
     scratch: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> None:
     """`moe_align_block_size` into given buffers: nothing is allocated, every entry of the three outputs is written.
 
@@ -258,6 +263,7 @@ def align_into(
     expert_ids             int32 [cdiv(L, block_size)]
     num_tokens_post_padded int32 [1]
     scratch                int32, at least `align_scratch_size(...)` elements, contents irrelevant; None if that is 0
+    pdl                    programmatic dependent launch (kernel_parts.pdl_begin)
     Raises ValueError for wrong sizes, TypeError for wrong dtypes.
     """
     _check_inputs(topk_ids, num_experts, expert_map)
@@ -272,7 +278,8 @@ def align_into(
         chunk_counts = _checked_scratch(scratch, num_chunks * tiles.bins)
         align_count_kernel[(num_chunks,)](
             topk_ids, expert_map, chunk_counts, numel, num_experts, chunk_size,
-            MAPPING=mapping, BINS=tiles.bins, COUNT_TILE=tiles.count_tile, num_warps=tiles.num_warps,
+            MAPPING=mapping, BINS=tiles.bins, COUNT_TILE=tiles.count_tile, PDL=pdl,
+            num_warps=tiles.num_warps, **pdl_option(pdl),
         )  # fmt: skip
     # One block program at least: with no ids at all it still writes num_tokens_post_padded = 0.
     blocks_per_program = _share(num_blocks, BLOCK_TILE.value)
@@ -280,8 +287,8 @@ def align_into(
     align_kernel[(num_chunks + block_programs,)](
         topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded,
         numel, num_experts, block_size, length, num_blocks, chunk_size, num_chunks, blocks_per_program,
-        MAPPING=mapping, BINS=tiles.bins, COUNT_TILE=tiles.count_tile, SLOT_TILE=tiles.slot_tile,
-        num_warps=tiles.num_warps,
+        MAPPING=mapping, BINS=tiles.bins, COUNT_TILE=tiles.count_tile, SLOT_TILE=tiles.slot_tile, PDL=pdl,
+        num_warps=tiles.num_warps, **pdl_option(pdl),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ class LayerIndex:
         shapes = (tuple(w13.values.shape), tuple(w2.values.shape), topk_ids.shape[-1] if topk_ids.dim() else 0)
         found = self._known.get((hidden_states.dtype, w13.values.dtype, *shapes, mapped), [])
         for layer in found:
-            if _scale_fits(layer, w13.scale):
+            if _extras_fit(layer, w13, layer.w13_shape) and _extras_fit(layer, w2, layer.w2_shape):
                 return layer
         return found[0] if found else None
 
@@ -155,12 +155,18 @@ def _scale_dtypes(layer: Layer) -> tuple[torch.dtype, ...]:
     return tuple(layer.dtype if name == "activation" else getattr(torch, name) for name in names)
 
 
-def _scale_fits(layer: Layer, scale: torch.Tensor | None) -> bool:
-    """Whether w13's scale is that of the layer's scheme: tells schemes apart that store weights alike."""
-    shape = layer.scheme.scale_shape(*layer.w13_shape)
-    if scale is None or shape is None:
-        return scale is None and shape is None
-    return scale.dtype in _scale_dtypes(layer) and _squeezed(scale, shape).shape == shape
+def _extras_fit(layer: Layer, weight: Weight, shape: tuple[int, int, int]) -> bool:
+    """Whether scale and zero points are those of the layer's scheme: tells schemes apart that store weights alike.
+
+    MoESpec refuses two schemes for which this is true of the same tensors.
+    """
+    scheme, scale = layer.scheme, weight.scale
+    if (weight.zeros is None) != (scheme.zeros_shape(*shape) is None):
+        return False
+    expected = scheme.scale_shape(*shape)
+    if not isinstance(scale, torch.Tensor) or expected is None:
+        return scale is None and expected is None
+    return scale.dtype in _scale_dtypes(layer) and _squeezed(scale, expected).shape == expected
 
 
 def _squeezed(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -172,15 +178,16 @@ def _check_weight(name: str, weight: Weight, layer: Layer, shape: tuple[int, int
     scheme = layer.scheme
     experts, rows, _ = shape
     _check(name, weight.values, tuple(_weight_dtypes(layer)), stored_shape(layer, shape), like)
-    words = scheme.words(("2I" if layer.activation.gated else "I", "H") if name == "w13" else ("H", "I"))
+    names = ("2I" if layer.activation.gated else "I", "H") if name == "w13" else ("H", "I")
     scale = weight.scale
     expected = scheme.scale_shape(*shape)
     if scale is not None and expected is not None:
         _check_tensors(**{f"{name}_scale": scale})
         scale = _squeezed(scale, expected)
-    _check_extra(f"{name}_scale", scale, _scale_dtypes(layer), expected, words, like)
+    _check_extra(f"{name}_scale", scale, _scale_dtypes(layer), expected, scheme.words(names), like)
     zeros = scheme.zeros_shape(*shape)
-    _check_extra(f"{name}_zeros", weight.zeros, (torch.uint8,), zeros, "zero points", like)
+    words = scheme.zeros_words(names) if zeros else ""
+    _check_extra(f"{name}_zeros", weight.zeros, (torch.uint8,), zeros, words, like)
     per_expert = (experts,) if scheme.has_global_scale else None
     _check_extra(f"{name}_global_scale", weight.global_scale, (torch.float32,), per_expert, "[E]", like)
     given = weight.input_scale
@@ -191,7 +198,7 @@ def _check_weight(name: str, weight: Weight, layer: Layer, shape: tuple[int, int
         given = given.reshape(-1)
         _check(f"{name}_input_scale", given, torch.float32, (1,), like)
     bias_shape = (experts, rows) if layer.bias else None
-    _check_extra(f"{name}_bias", weight.bias, (layer.dtype, torch.float32), bias_shape, "[E, rows]", like)
+    _check_extra(f"{name}_bias", weight.bias, (layer.dtype, torch.float32), bias_shape, f"[E, {names[0]}]", like)
     return Weight(weight.values, scale, weight.zeros, weight.global_scale, given, weight.bias)
 
 

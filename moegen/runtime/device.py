@@ -30,6 +30,11 @@ class DeviceFacts:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
     @property
+    def has_pdl(self) -> bool:
+        """Whether a kernel may start before the previous one has ended (compute capability 9.0 and newer)."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
+    @property
     def has_wgmma(self) -> bool:
         """Whether tensor cores take operands from shared memory, 64 rows at a time (compute capability 9.0)."""
         return self.backend == "cuda" and self.arch == "90"

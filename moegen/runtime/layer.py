@@ -9,6 +9,7 @@ import triton
 from .activations import Activation
 from .align import align_into, align_launch_key, align_lengths, align_scratch_size
 from .assignment import low_latency_applies
+from .kernel_parts import pdl_option
 from .quant import Scheme
 from .quantise import Activations, Slots, quantise
 from .reduce import reduce_launch_key, top_k_reduce
@@ -69,6 +70,7 @@ class Layer:
             a_bits=8 if self.scheme.row.activation in ("fp8", "int8") else 8 * size,
             w_bits=8 // self.scheme.row.values_per_byte if self.scheme.kind else 8 * size,
             group_k=self.scheme.group_k,
+            zero_points=self.scheme.zero_points,
         )
 
 
@@ -88,15 +90,9 @@ class Call:
 
 def is_low_latency(layer: Layer, tokens: int, expert_map: torch.Tensor | None) -> bool:
     """Whether a call of `tokens` tokens takes the low-latency assignment."""
-    return low_latency_applies(
-        tokens,
-        layer.top_k,
-        layer.local_experts,
-        expert_map,
-        use_int8_w8a16=layer.scheme.mode == "int8_w8a16",
-        use_int4_w4a16=layer.scheme.mode == "int4_w4a16",
-        block_shape=layer.scheme.block_shape,
-    )
+    # Weights with K groups take it as well, unlike in vLLM, whose group kernel has no such path; docs/performance.md
+    # has the figures. `_prepare_expert_assignment` keeps vLLM's rule.
+    return low_latency_applies(tokens, layer.top_k, layer.local_experts, expert_map)
 
 
 def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> tuple[object, ...]:
@@ -123,7 +119,7 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
         num_blocks = slots
     else:
         block = tiles.gemm1.BLOCK_SIZE_M
-        assignment = _align(layer, call, block)
+        assignment = _align(layer, call, tiles.gemm1)
         active = min(slots, layer.local_experts)
         num_blocks = active + (slots - active) // block
     experts = _aligned_experts(layer, call.expert_map)
@@ -132,23 +128,25 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     routing = (call.topk_weights, assignment, slots, num_blocks)
     on_input = call.apply_router_weight_on_input
 
-    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None)
+    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, tiles.gemm1.PDL)
     _launch_gemm(layer, "gemm1", a, w13, hidden, routing, layer.top_k, on_input, tiles.gemm1)
     written = Slots(call.topk_ids, call.expert_map, experts, layer.local_experts)
-    a = quantise(hidden, layer.scheme, w2.values.dtype, w2.input_scale, written)
+    a = quantise(hidden, layer.scheme, w2.values.dtype, w2.input_scale, written, tiles.gemm1.PDL)
     _launch_gemm(layer, "gemm2", a, w2, slot_outputs, routing, 1, not on_input, tiles.gemm2)
-    top_k_reduce(slot_outputs, call.topk_ids, call.out, experts, call.expert_map, layer.local_experts)
+    top_k_reduce(slot_outputs, call.topk_ids, call.out, experts, call.expert_map, layer.local_experts, tiles.gemm2.PDL)
 
 
-def _align(layer: Layer, call: Call, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _align(layer: Layer, call: Call, tile: TileConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Aligned assignment in one buffer; with an expert_map the remote slots vanish."""
-    slots = call.topk_ids.numel()
+    slots, block = call.topk_ids.numel(), tile.BLOCK_SIZE_M
     experts = _aligned_experts(layer, call.expert_map)
     length, num_blocks = align_lengths(slots, block, experts)
     scratch = align_scratch_size(slots, experts)
     buffer = torch.empty(length + num_blocks + 1 + scratch, dtype=torch.int32, device=call.topk_ids.device)
     sorted_ids, expert_ids, num_sorted, counts = buffer.split((length, num_blocks, 1, scratch))
-    align_into(call.topk_ids, block, experts, sorted_ids, expert_ids, num_sorted, call.expert_map, True, counts)
+    align_into(
+        call.topk_ids, block, experts, sorted_ids, expert_ids, num_sorted, call.expert_map, True, counts, tile.PDL
+    )
     return sorted_ids, expert_ids, num_sorted
 
 
@@ -193,6 +191,8 @@ def _launch_gemm(
         BLOCK_SIZE_K=tile.BLOCK_SIZE_K,
         GROUP_SIZE_M=tile.GROUP_SIZE_M,
         SWAP_AB=tile.SWAP_AB,
+        PDL=tile.PDL,
+        **pdl_option(tile.PDL),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

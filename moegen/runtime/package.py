@@ -135,7 +135,7 @@ class Package:
                 key = launch_key(layer, tokens, tiles, remote)
                 if key not in known:
                     known.add(key)
-                    yield _padding_call(layer, tokens, remote, memory), tiles
+                    yield _padding_call(layer, tokens, remote, memory, device), tiles
 
 
 def register_op(namespace: str, package: Package) -> torch.library.Library | None:
@@ -163,7 +163,15 @@ def _fake(hidden_states: torch.Tensor, *_: object) -> torch.Tensor:
 
 def _variant(call: Call) -> tuple[object, ...]:
     """What of a call, besides the token count, selects other compiled kernels."""
-    return (call.expert_map is None, call.topk_ids.dtype, call.apply_router_weight_on_input)
+    weights = [part for w in (call.w13, call.w2) for part in (_kind(w.values), _kind(w.scale), _kind(w.bias))]
+    static = (call.w13.input_scale is None, call.w2.input_scale is None)
+    return (call.expert_map is None, call.topk_ids.dtype, call.apply_router_weight_on_input, *weights, *static)
+
+
+def _kind(part: torch.Tensor | None) -> torch.dtype | None:
+    if part is None:
+        return None
+    return torch.uint8 if part.dtype == torch.float8_e8m0fnu else part.dtype  # kernels read the byte
 
 
 def _run_reference(layer: Layer, call: Call) -> None:
@@ -185,13 +193,13 @@ def _run_reference(layer: Layer, call: Call) -> None:
     call.out.copy_(result)
 
 
-def _padding_call(layer: Layer, tokens: int, expert_map: torch.Tensor | None, memory: str) -> Call:
+def _padding_call(layer: Layer, tokens: int, expert_map: torch.Tensor | None, memory: str, device: DeviceFacts) -> Call:
     shape = (tokens, layer.top_k)
     hidden_states = torch.empty((tokens, layer.hidden_size), dtype=layer.dtype, device=memory)
     return Call(
         hidden_states,
-        _unread_weight(layer, layer.w13_shape),
-        _unread_weight(layer, layer.w2_shape),
+        _unread_weight(layer, layer.w13_shape, device),
+        _unread_weight(layer, layer.w2_shape, device),
         torch.ones(shape, dtype=torch.float32, device=memory),
         torch.full(shape, -1, dtype=torch.int32, device=memory),
         expert_map,
@@ -200,15 +208,18 @@ def _padding_call(layer: Layer, tokens: int, expert_map: torch.Tensor | None, me
     )
 
 
-def _unread_weight(layer: Layer, shape: tuple[int, int, int]) -> Weight:
-    """A weight without memory, for launches that read none of it."""
+def _unread_weight(layer: Layer, shape: tuple[int, int, int], device: DeviceFacts) -> Weight:
+    """A weight without memory, for launches that read none of it; of the types that checkpoints for `device` have."""
     scheme = layer.scheme
+    stored = scheme.weight_dtypes
+    if device.arch == "gfx942" and "float8_e4m3fnuz" in stored:
+        stored = ("float8_e4m3fnuz",)
 
     def meta(size: tuple[int, ...] | None, dtypes: tuple[str, ...]) -> torch.Tensor | None:
-        dtype = layer.dtype if not dtypes or dtypes[0] == "activation" else getattr(torch, dtypes[0])
+        dtype = layer.dtype if not dtypes or "activation" in dtypes else getattr(torch, dtypes[0])
         return None if size is None else torch.empty(size, dtype=dtype, device="meta")
 
-    values = meta(scheme.weight_shape(*shape), scheme.weight_dtypes)
+    values = meta(scheme.weight_shape(*shape), stored)
     assert values is not None  # noqa: S101 - only optional parts have no shape
     return Weight(
         values,

@@ -97,8 +97,9 @@ class Scheme:
         group_k = int(found.get("k") or 0)
         if kind == "gK" and mode.groups and group_k not in mode.groups:
             raise ValueError(f"{text!r} is not supported; {name} has K groups of {', '.join(map(str, mode.groups))}")
-        if kind in ("NxK", "gK") and (group_n < 1 or group_k < 16 or group_k & (group_k - 1)):
-            raise ValueError(f"{text!r} is not supported; allowed: a K group that is a power of two from 16")
+        least = 32 if kind == "NxK" else 16  # an 8-bit tensor-core product takes 32 steps
+        if kind in ("NxK", "gK") and (group_n < 1 or group_k < least or group_k & (group_k - 1)):
+            raise ValueError(f"{text!r} is not supported; allowed: a K group that is a power of two from {least}")
         if found.get("zeros") and not mode.zero_points:
             raise ValueError(f"{text!r} is not supported; {name} has no zero points")
         if found.get("ue8m0") and mode.activation != "fp8":
@@ -176,6 +177,12 @@ class Scheme:
         if self.group_k:
             parts.append(f"ceil({depth}/{self.group_k})")
         return f"[{', '.join(parts)}]"
+
+    def zeros_words(self, names: tuple[str, str]) -> str:
+        """Shape of the zero points in words."""
+        rows, depth = names
+        packed = self.row.values_per_byte
+        return f"[E, {rows if packed == 1 else f'ceil({rows}/{packed})'}, ceil({depth}/{self.group_k})]"
 
     def zeros_shape(self, experts: int, rows: int, depth: int) -> tuple[int, int, int] | None:
         """Shape of the uint8 zero points, packed along the rows like the weights along K; None without them."""

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .kernel_parts import pdl_begin, pdl_option
 from .quant import Scheme
 from .reduce import is_live
 
@@ -35,12 +36,18 @@ class Slots(NamedTuple):
 
 
 def quantise(
-    x: torch.Tensor, scheme: Scheme, dtype: torch.dtype, static_scale: torch.Tensor | None, slots: Slots | None
+    x: torch.Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    static_scale: torch.Tensor | None,
+    slots: Slots | None,
+    pdl: bool = False,
 ) -> Activations:
     """Quantise x [rows, K] as `scheme` wants its activations; `dtype` is that of the stored weights.
 
     static_scale  float32, one value, for the kind "tensor"; None = dynamic
     slots         which rows hold values; the others are neither read nor written. None = all
+    pdl           programmatic dependent launch (kernel_parts.pdl_begin)
     """
     kind = scheme.row.activation
     if kind is None:
@@ -52,7 +59,7 @@ def quantise(
     values = torch.empty_like(x) if fake else x.new_empty(x.shape, dtype=target)
     routing = slots if slots is not None else (None, None, 0, 0)
     if scheme.kind == "tensor":
-        return _by_tensor(x, values, static_scale, routing, largest)
+        return _by_tensor(x, values, static_scale, routing, largest, pdl)
     group = 32 if fake else scheme.group_k or depth
     groups = triton.cdiv(depth, group)
     scale = x.new_empty((rows, groups), dtype=torch.float32)
@@ -61,8 +68,8 @@ def quantise(
     _quantise_groups[(rows, triton.cdiv(groups, per_program))](
         x, values, scale, *routing, depth, x.stride(0), groups,
         LARGEST=largest, GROUP=group, GROUP_BLOCK=group_block, GROUPS=per_program,
-        LEAST=_least(scheme, largest), UE8M0=scheme.ue8m0 or fake, FAKE=fake,
-        num_warps=max(1, min(8, per_program * group_block // 512)),
+        LEAST=_least(scheme, largest), UE8M0=scheme.ue8m0 or fake, FAKE=fake, PDL=pdl,
+        num_warps=max(1, min(8, per_program * group_block // 512)), **pdl_option(pdl),
     )  # fmt: skip
     return Activations(values, None if fake else scale)
 
@@ -73,18 +80,19 @@ def _by_tensor(
     static_scale: torch.Tensor | None,
     routing: tuple[torch.Tensor | None, torch.Tensor | None, int, int],
     largest: float,
+    pdl: bool,
 ) -> Activations:
     rows, depth = x.shape
     scale, partial = static_scale, None
     if scale is None:
         scale, partial = x.new_empty(1 + _TENSOR_PROGRAMS, dtype=torch.float32).split((1, _TENSOR_PROGRAMS))
         _tensor_maximum[(_TENSOR_PROGRAMS,)](
-            x, partial, *routing, rows, depth, x.stride(0), BLOCK=_TENSOR_BLOCK, num_warps=8
+            x, partial, *routing, rows, depth, x.stride(0), BLOCK=_TENSOR_BLOCK, PDL=pdl, num_warps=8, **pdl_option(pdl)
         )
     block = min(_TENSOR_BLOCK, triton.next_power_of_2(depth))
     _quantise_tensor[(rows, triton.cdiv(depth, block))](
         x, values, scale, partial, *routing, depth, x.stride(0),
-        LARGEST=largest, PARTIALS=_TENSOR_PROGRAMS, BLOCK=block, num_warps=4,
+        LARGEST=largest, PARTIALS=_TENSOR_PROGRAMS, BLOCK=block, PDL=pdl, num_warps=4, **pdl_option(pdl),
     )  # fmt: skip
     return Activations(values, scale.view(1))
 
@@ -130,8 +138,10 @@ def _quantise_groups(
     LEAST: tl.constexpr,
     UE8M0: tl.constexpr,
     FAKE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (row, block of GROUPS groups): one scale a group of GROUP values."""
+    pdl_begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     if not _is_live(topk_ids, expert_map, num_experts, num_local, row):
         return
@@ -153,8 +163,21 @@ def _quantise_groups(
 
 
 @triton.jit(do_not_specialize=["num_experts", "num_local", "rows"])
-def _tensor_maximum(x, partial, topk_ids, expert_map, num_experts, num_local, rows, depth, stride, BLOCK: tl.constexpr):
+def _tensor_maximum(
+    x,
+    partial,
+    topk_ids,
+    expert_map,
+    num_experts,
+    num_local,
+    rows,
+    depth,
+    stride,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Program p: largest magnitude of the rows p, p + programs, …"""
+    pdl_begin(PDL)
     lane = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
     first = tl.program_id(0).to(tl.int64)
@@ -182,8 +205,10 @@ def _quantise_tensor(
     LARGEST: tl.constexpr,
     PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (row, block): one scale [1] for the whole tensor, read, or made from partial maxima and written."""
+    pdl_begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     if partial is None:
         step = tl.load(scale)

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .kernel_parts import pdl_begin, pdl_option
+
 MAX_TOP_K = 32  # a token's live slots travel as the bits of one int32
 
 # A wide program moves more bytes for its fixed cost; narrow ones spread a small batch over more multiprocessors.
@@ -58,8 +60,10 @@ def top_k_reduce_kernel(
     TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program p: token p // column blocks, BLOCK_H columns; 64-bit offsets, since T·k·H passes 2**31."""
+    pdl_begin(PDL)
     column_blocks = tl.cdiv(hidden_size, BLOCK_H)
     token = (tl.program_id(0) // column_blocks).to(tl.int64)
     columns = (tl.program_id(0) % column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -87,6 +91,7 @@ def top_k_reduce(
     num_experts: int,
     expert_map: torch.Tensor | None = None,
     num_local: int | None = None,
+    pdl: bool = False,
 ) -> None:
     """out[t] = Σ_j slot_outputs[t · top_k + j]: float32 sum in slot order, one cast to out's dtype.
 
@@ -96,6 +101,7 @@ def top_k_reduce(
     num_experts  ids are global expert numbers below it: the length of expert_map if there is one
     expert_map   int32 [num_experts], −1 = on another rank
     num_local    experts on this rank: a map beyond them is no expert of this rank (default: no bound)
+    pdl          programmatic dependent launch (kernel_parts.pdl_begin)
 
     A slot whose id is < 0 or >= num_experts or on another rank is never read and adds exactly zero. Raises ValueError
     for shapes and strides that do not fit.
@@ -111,7 +117,8 @@ def top_k_reduce(
         slot_outputs, topk_ids, expert_map, out,
         hidden_size, slot_outputs.stride(0), out.stride(0),
         num_experts, num_experts if num_local is None else num_local,
-        TOP_K=top_k, TOP_K_PADDED=1 << (top_k - 1).bit_length(), BLOCK_H=tiles.block_h, num_warps=tiles.num_warps,
+        TOP_K=top_k, TOP_K_PADDED=1 << (top_k - 1).bit_length(), BLOCK_H=tiles.block_h, PDL=pdl,
+        num_warps=tiles.num_warps, **pdl_option(pdl),
     )  # fmt: skip
 
 

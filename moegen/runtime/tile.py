@@ -17,6 +17,8 @@ class TileConfig:
     BLOCK_SIZE_K   steps of the reduction
     GROUP_SIZE_M   M blocks that are walked together for the sake of L2
     SWAP_AB        compute weight · tokensᵀ, so that the weight rows fill the M side of the tensor-core instruction
+    PDL            programmatic dependent launch: start before the previous kernel has ended (gemm1's holds for the
+                   assignment and the quantisation, gemm2's for the reduce)
     """
 
     BLOCK_SIZE_M: int
@@ -24,6 +26,7 @@ class TileConfig:
     BLOCK_SIZE_K: int
     GROUP_SIZE_M: int = 1
     SWAP_AB: bool = False
+    PDL: bool = False
     num_warps: int = 4
     num_stages: int = 3
     family: str = "portable"
@@ -71,6 +74,7 @@ class Gemm:
     gated         gemm1 with a gated activation: the tile's rows are gate and up rows by turns
     a_bits, w_bits  bits of a stored activation and weight value
     group_k       reduction steps that share a scale, 0 = all
+    zero_points   whether weights have zero points
     """
 
     op: str
@@ -82,6 +86,7 @@ class Gemm:
     a_bits: int
     w_bits: int
     group_k: int
+    zero_points: bool = False
 
     @property
     def is_float32(self) -> bool:
@@ -100,6 +105,8 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
         value = getattr(tile, key)
         if value < 1 or value & (value - 1):
             return f"{key}={value} is not a power of two"
+    if tile.PDL and not device.has_pdl:
+        return f"PDL needs compute capability 9.0 or newer, not {device.backend} {device.arch}"
     if tile.family not in FAMILIES:
         return f"family={tile.family} is unknown; known: {', '.join(FAMILIES)}"
     smallest = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
@@ -173,11 +180,20 @@ def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
     if not device.has_wgmma:
         depth = deep if gemm.is_w8a8 else 128 if big else 64
         return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
+    if (
+        gemm.w_bits < gemm.a_bits and not gemm.zero_points
+    ):  # decoding is arithmetic: many warps, each with its own weights
+        few = lone_slots * gemm.rows <= 32 * 4 * device.num_sms
+        if lone_slots:
+            return TileConfig(16, 32 if few else 64, 128, 1, num_warps=4, num_stages=3)
+        return TileConfig(block_m, 128, 128, 1, SWAP_AB=True, num_warps=4, num_stages=3)
     if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
         # More programs than two a multiprocessor: small tiles let many of them share one.
         return TileConfig(16, 64, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
     depth = deep if gemm.is_w8a8 else 128
-    return TileConfig(block_m, 64, depth, 1, SWAP_AB=True, num_warps=4, num_stages=4 if lone_slots else 3)
+    return TileConfig(
+        block_m, 64, depth, 1, SWAP_AB=True, num_warps=4, num_stages=4 if lone_slots or gemm.depth >= 4096 else 3
+    )
 
 
 def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001
@@ -186,7 +202,8 @@ def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: Dev
 
 
 def _fitted(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> TileConfig:
-    """The same tile with as many stages as the shared memory holds."""
+    """The same tile with what the device has: PDL, and as many stages as the shared memory holds."""
+    tile = replace(tile, PDL=device.has_pdl)
     while tile.num_stages > 1 and shared_memory(tile, gemm) > device.shared_memory:
         tile = replace(tile, num_stages=tile.num_stages - 1)
     return tile

@@ -107,7 +107,8 @@ def round_activations(
         by_token = scheme.kind in ("channel", "tensor_token") and kind == "fp8"
         step = amax.clamp(min=1 / 512 if by_token else 1e-10) / largest
         if scheme.ue8m0 or kind == "mxfp8":
-            step = torch.exp2(torch.log2(step).ceil())
+            mantissa, exponent = torch.frexp(step)  # step = mantissa * 2 ** exponent, 0.5 <= mantissa < 1
+            step = torch.exp2((exponent - (mantissa == 0.5).int()).to(x.dtype))
     scaled = (padded / step).clamp(-largest, largest)
     if kind == "int8":
         rounded = torch.floor(scaled + 0.5)
