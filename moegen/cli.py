@@ -14,13 +14,14 @@ from typing import Any
 from moegen.bench import run as bench
 from moegen.emit import EmitError, emit
 from moegen.load import PackageError, read_manifest
-from moegen.models import load_models, model_spec
+from moegen.models import find_model, load_models, model_spec
 from moegen.plan import Plan, make_plan
 from moegen.render import RenderError
 from moegen.runtime.quant import MODES, Scheme
 from moegen.spec import DTYPES, MoESpec, Parallel, SpecError, load_spec
 
 EXIT_INVALID, EXIT_TARGET = 3, 5
+RELEASED = "released"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,12 +46,16 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--tp", type=_sizes, help="tensor-parallel sizes, for example 1,4 (default: the spec's, or 1)")
     build.add_argument("--ep", type=_sizes, help="expert-parallel sizes (default: the spec's, or 1)")
     build.add_argument("--dtype", type=_names(DTYPES), help=f"of {', '.join(DTYPES)} (default: the model's)")
-    build.add_argument("--quant", type=_schemes, help=f"mode[:granularity] of {', '.join(MODES)} (default: none)")
+    quant = (
+        f"mode[:granularity] of {', '.join(MODES)}; {RELEASED}: all that `moegen list --quant` shows (default: none)"
+    )
+    build.add_argument("--quant", type=_schemes, help=quant)
     build.add_argument("--target", type=_targets, help="compile everything for cuda:90,hip:gfx942,… and report")
     build.add_argument("--json", action="store_true", help="print one JSON document")
     build.set_defaults(run=_build)
 
     models = commands.add_parser("list", help="known models and their shapes")
+    models.add_argument("--quant", action="store_true", help="also the quant schemes of released checkpoints")
     models.add_argument("--json", action="store_true", help="print one JSON document")
     models.set_defaults(run=_list)
 
@@ -76,7 +81,9 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _schemes(text: str) -> tuple[str, ...]:
-    """An argparse type: quant schemes, separated by commas."""
+    """An argparse type: quant schemes, separated by commas, or RELEASED alone."""
+    if text == RELEASED:
+        return (RELEASED,)
     try:
         return tuple(Scheme.parse(part).name for part in text.split(","))
     except ValueError as error:
@@ -141,15 +148,26 @@ def _spec(args: argparse.Namespace) -> MoESpec:
     if args.dtype:
         changes["dtypes"] = args.dtype
     if args.quant:
-        changes["quant"] = args.quant
+        changes["quant"] = _released(args.model) if args.quant == (RELEASED,) else args.quant
     return replace(spec, **changes)
+
+
+def _released(model: str | None) -> tuple[str, ...]:
+    if model is None:
+        raise SpecError(f"--quant: {RELEASED!r} is not allowed for a file; allowed: mode[:granularity], or --model")
+    found = find_model(model)
+    if not found.quant:
+        raise SpecError(f"--quant: models.yaml has no released scheme of {found.name}; allowed: mode[:granularity]")
+    return found.quant
 
 
 def _print_plan(plan: Plan, folder: Path) -> None:
     print(f"{plan.spec.name}: {len(plan.layers)} layers in {folder}")
     for item in plan.layers:
         v = item.variant
-        print(f"  {v.slug}: w13 {list(v.w13_shape)}, w2 {list(v.w2_shape)} {v.dtype}, top_k {v.top_k}, {item.module}")
+        shapes = [list(v.scheme.weight_shape(*shape)) for shape in (v.w13_shape, v.w2_shape)]
+        stored = "/".join(v.scheme.weight_dtypes) or v.dtype
+        print(f"  {v.slug}: w13 {shapes[0]}, w2 {shapes[1]} {stored}, top_k {v.top_k}, {item.module}")
 
 
 def _print_compiled(compiled: Sequence[object]) -> None:
@@ -168,11 +186,12 @@ def _list(args: argparse.Namespace) -> int:
         print(json.dumps({name: model_spec(name).to_dict() for name in models}, indent=1))
         return 0
     width = max(map(len, models))
-    print(f"{'model'.ljust(width)}     E  top_k      H      I  activation")
+    print(f"{'model'.ljust(width)}     E  top_k      H      I  activation{'  released quant' if args.quant else ''}")
     for name, model in models.items():
         s = model.shape
         sizes = f"{s.num_experts:5d} {s.top_k:6d} {s.hidden_size:6d} {s.intermediate_size:6d}"
-        print(f"{name.ljust(width)} {sizes}  {model.activation.slug}{' + bias' if model.bias else ''}")
+        quant = f"  {', '.join(model.quant) or '?'}" if args.quant else ""
+        print(f"{name.ljust(width)} {sizes}  {model.activation.slug}{' + bias' if model.bias else ''}{quant}")
     return 0
 
 

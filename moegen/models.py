@@ -6,13 +6,14 @@ from functools import cache
 from pathlib import Path
 
 from moegen.runtime.activations import Activation
+from moegen.runtime.quant import Scheme
 from moegen.spec import MoESpec, Parallel, Shape, SpecError, parse_activation, read_yaml
 
 MODELS_FILE = Path(__file__).with_name("models.yaml")
 
 _SHAPE_KEYS = ("num_experts", "top_k", "hidden_size", "intermediate_size")
 _REQUIRED = ("title", *_SHAPE_KEYS, "activation", "source")
-_OPTIONAL = ("also", "bias", "dtypes", "released", "notes")
+_OPTIONAL = ("also", "bias", "dtypes", "released", "quant", "notes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Model:
     bias: bool
     dtypes: tuple[str, ...]  # of the activations, as released
     released: tuple[str, ...]  # weight formats on offer, free text
+    quant: tuple[str, ...]  # names of the schemes that read them; formats that no scheme reads are left out
     source: str  # where the sizes come from; the head of models.yaml explains the words
     notes: str
 
@@ -62,9 +64,25 @@ def _model(name: str, entry: object) -> Model:
         bias=entry.get("bias", False),
         dtypes=tuple(entry.get("dtypes", ("bfloat16",))),
         released=tuple(entry.get("released", ())),
+        quant=_schemes(entry.get("quant", []), f"{name}.quant"),
         source=entry["source"],
         notes=entry.get("notes", ""),
     )
+
+
+def _schemes(items: object, path: str) -> tuple[str, ...]:
+    if not isinstance(items, list):
+        raise SpecError(f"{path}: {items!r} is not allowed; allowed: a list")
+    names: list[str] = []
+    for index, item in enumerate(items):
+        try:
+            scheme = Scheme.parse(str(item)).name
+        except ValueError as error:
+            raise SpecError(f"{path}[{index}]: {error}") from error
+        if scheme in names:
+            raise SpecError(f"{path}[{index}]: {item!r} is not allowed; allowed: each scheme once")
+        names.append(scheme)
+    return tuple(names)
 
 
 def load_models() -> dict[str, Model]:

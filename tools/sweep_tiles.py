@@ -72,15 +72,15 @@ def candidates(layer: Any, op: str, block_m: int, tokens: int, device: DeviceFac
     """The legal tile configs of one GEMM with a given BLOCK_SIZE_M."""
     gemm = layer.gemm(op)
     small = block_m <= 32
-    sizes_n = (64, 128, 256)
+    sizes_n = (32, 64, 128, 256)
     sizes_k = (64, 128, 256) if small else (64, 128)
     groups = (1,) if small else (1, 16) if tokens > 1024 else (1,)
     space = itertools.product(sizes_n, sizes_k, groups, (False, True), (4, 8), (3, 4, 5))
     kept = []
     for n, k, group, swap, warps, stages in space:
-        if (swap and block_m > 64) or n * block_m / warps < 256 or (stages == 5 and not small):
+        if (swap and block_m > 64) or n * block_m / warps < 128 or (stages == 5 and not small):
             continue
-        tile = TileConfig(block_m, n, k, group, swap, warps, stages)
+        tile = TileConfig(block_m, n, k, group, swap, device.has_pdl, num_warps=warps, num_stages=stages)
         if why_illegal(tile, gemm, device) is None:
             kept.append(tile)
     yield from kept[::thin]

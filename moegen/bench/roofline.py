@@ -1,6 +1,6 @@
 """The floor of a layer call, and the two measured ceilings under it: reading memory, and cuBLAS."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moegen.bench.timing import release_memory, time_graph
-from moegen.bench.workload import Layer, layer_bytes, layer_flops
+from moegen.bench.workload import Layer, fp8_dtype, layer_bytes, layer_flops, scheme_of
 
 READ_BYTES = 4 * 2**30  # far beyond any L2
 MATMUL_SIZE = 8192
@@ -21,7 +21,10 @@ READ_CONFIGS = ((2048, 8, 4), (4096, 4, 8), (4096, 8, 8), (8192, 4, 8), (8192, 8
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What this device reached in this run: bytes per second read, FLOP per second of a dense product in `dtype`."""
+    """What this device reached in this run: bytes per second read, FLOP per second of a dense product of `dtype`.
+
+    `dtype` is that of the operands, so for int8 the operations are integer ones.
+    """
 
     dtype: str
     read_bytes_per_s: float
@@ -59,8 +62,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def operand_dtype(layer: Layer, device: torch.device) -> torch.dtype:
+    """What the layer's GEMMs multiply: fp8 or int8 where weights and activations have 8 bits, else the layer's dtype.
+
+    Weight-only schemes are computed in the layer's dtype, and so is mxfp4_w4a8 (runtime/quantise.py says why).
+    """
+    kind = scheme_of(layer).row.activation
+    return {"fp8": fp8_dtype(device), "int8": torch.int8}.get(kind or "", layer.dtype)
+
+
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
-    """Measure both ceilings on `device`: about 4.3 GB of memory and a few seconds."""
+    """Measure both ceilings on `device`, products of `dtype` operands: about 4.3 GB of memory and a few seconds."""
     read = read_bandwidth(device)
     release_memory()
     rate = matmul_rate(dtype, device)
@@ -77,13 +89,31 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP per second of torch.matmul on two random square matrices in `dtype`; TF32 stays off for float32."""
-    size = MATMUL_SIZE
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    out = torch.empty_like(a)
+    """FLOP per second of the BLAS library on two square matrices of random `dtype` numbers."""
+    product = matmul_call(dtype, device, MATMUL_SIZE)
     with _ieee_float32():
-        timing = time_graph([lambda: torch.matmul(a, b, out=out)] * CALLS, replays=REPLAYS)
-    return 2 * size**3 / timing.us_per_call * 1e6
+        timing = time_graph([product] * CALLS, replays=REPLAYS)
+    return 2 * MATMUL_SIZE**3 / timing.us_per_call * 1e6
+
+
+def matmul_call(dtype: torch.dtype, device: torch.device, size: int) -> Callable[[], torch.Tensor]:
+    """One product of two [size, size] matrices, to be called again and again; TF32 is the caller's choice.
+
+    fp8 takes one scale a matrix and the fast accumulation, whatever the layer does: the highest rate there is.
+    """
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    if dtype == torch.int8:
+        first, second = ((part * 40).round().clamp(-127, 127).to(dtype) for part in (a, b))  # three deviations fit
+        whole = torch.empty(size, size, dtype=torch.int32, device=device)
+        return lambda: torch._int_mm(first, second.t(), out=whole)
+    first, second = a.to(dtype), b.to(dtype)
+    if dtype.itemsize == 1:
+        one = torch.ones((), device=device)
+        return lambda: torch._scaled_mm(
+            first, second.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    out = torch.empty_like(first)
+    return lambda: torch.matmul(first, second, out=out)
 
 
 @contextmanager

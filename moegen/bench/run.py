@@ -154,19 +154,19 @@ def _bench_layer(
     device: "torch.device",
     show: Callable[[str], None],
 ) -> list["Cell"]:
-    """The cells of one layer; measures the ceilings of its dtype if no layer before it had the same."""
+    """The cells of one layer; measures the ceilings of its operands if no layer before it had the same."""
     from moegen.bench.measure import measure_cell
-    from moegen.bench.roofline import dtype_name, measure_ceilings
+    from moegen.bench.roofline import dtype_name, measure_ceilings, operand_dtype
 
-    if layer.dtype not in ceilings:
-        ceilings[layer.dtype] = measure_ceilings(layer.dtype, device)
-        show(ceilings_line(ceilings[layer.dtype]))
+    operands = operand_dtype(layer, device)
+    if operands not in ceilings:
+        ceilings[operands] = measure_ceilings(operands, device)
+        show(ceilings_line(ceilings[operands]))
     table = Table([candidate.name for candidate in candidates])
     show("\n" + table.head(layer.slug, dtype_name(layer.dtype), args.routing))
     cells = []
     for tokens in args.tokens:
-        ceiling = ceilings[layer.dtype]
-        cell = measure_cell(layer, tokens, args.routing, candidates, ceiling, device=device, options=options)
+        cell = measure_cell(layer, tokens, args.routing, candidates, ceilings[operands], device=device, options=options)
         show(table.row(cell))
         cells.append(cell)
     return cells

@@ -12,11 +12,15 @@ from typing import Protocol
 import torch
 
 from moegen.bench import DEFAULT_ALPHA, ROUTINGS
+from moegen.quantize import CHUNK, experts_at_once, named_tensors, quantize_parts, stored_dtypes
+from moegen.runtime.quant import Scheme
+from moegen.runtime.weight import Weight
 
 COLD_BYTES = 512 * 10**6  # distinct weights that pass between two uses of a copy: about ten times the L2 of an H200
 MAX_CALLS = 1024  # graph nodes; reached only by layers of less than 0.5 MB, whose weights stay in L2 in use as well
 MIN_GRAPH_US = 2000.0  # starting a graph costs some µs once: 0.25 % of this
 NOMINAL_BYTES_PER_US, NOMINAL_FLOP_PER_US = 4e6, 4e8  # only to choose the number of calls, never reported
+SCRATCH_BYTES = 32  # a value, while weights are quantised
 PILOT_DRAWS = 4  # routings drawn to learn how many experts a call activates, before the copies are chosen
 
 
@@ -55,7 +59,9 @@ class Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One copy of the layer's weights: w13 [E, 2I or I, H], w2 [E, H, I], and the keyword arguments that go along."""
+    """One copy of the layer's weights: w13 [E, 2I or I, H], w2 [E, H, I] as stored, and the keyword arguments (scales,
+    zero points, biases) that go along.
+    """
 
     w13: torch.Tensor
     w2: torch.Tensor
@@ -110,14 +116,25 @@ def w13_rows(layer: Layer) -> int:
     return (2 if layer.activation.gated else 1) * layer.intermediate_size
 
 
+def scheme_of(layer: Layer) -> Scheme:
+    """The layer's quant scheme; by name, because a package's own classes are copies of moegen's."""
+    return Scheme.parse(layer.quant)
+
+
 def expert_bytes(layer: Layer) -> int:
-    """Bytes of one expert's w13, w2 and, where the layer has them, biases. Raises ValueError for a quant mode."""
-    if layer.quant != "none":
-        raise ValueError(f"quant: the benchmark has no workload for {layer.quant!r} yet, only for 'none'")
-    elements = (w13_rows(layer) + layer.intermediate_size) * layer.hidden_size
-    if layer.bias:
-        elements += w13_rows(layer) + layer.hidden_size
-    return elements * layer.dtype.itemsize
+    """Bytes of one expert as stored: w13 and w2 with their scales and zero points, and biases where there are any."""
+    scheme, rows, itemsize = scheme_of(layer), w13_rows(layer), layer.dtype.itemsize
+    total = (rows + layer.hidden_size) * itemsize if layer.bias else 0
+    shapes = ((1, rows, layer.hidden_size), (1, layer.hidden_size, layer.intermediate_size))
+    if not scheme.kind:
+        return total + sum(math.prod(shape) for shape in shapes) * itemsize
+    dtype, scale_dtype = stored_dtypes(scheme, layer.dtype)
+    for shape in shapes:
+        total += math.prod(scheme.weight_shape(*shape)) * dtype.itemsize
+        total += math.prod(scheme.scale_shape(*shape) or (0,)) * scale_dtype.itemsize
+        total += math.prod(scheme.zeros_shape(*shape) or (0,))
+        total += torch.float32.itemsize if scheme.has_global_scale else 0
+    return total
 
 
 def layer_bytes(layer: Layer, tokens: int, active_experts: float) -> float:
@@ -151,6 +168,8 @@ def copies_allowed(layer: Layer, tokens: int, candidates: int, free_bytes: int) 
     io = 2 * tokens * layer.hidden_size * layer.dtype.itemsize * 8 * (1 + candidates)
     # Twice the activations: the eager pass of one candidate runs while the graphs of the others hold theirs.
     reserve = 2 * activations * candidates + io + 2 * 2**30
+    if scheme_of(layer).kind:
+        reserve += SCRATCH_BYTES * max(CHUNK, w13_rows(layer) * layer.hidden_size)
     allowed = (free_bytes - reserve) // (layer.local_experts * expert_bytes(layer))
     if allowed < 1:
         need = reserve + layer.local_experts * expert_bytes(layer)
@@ -203,8 +222,8 @@ def build_workload(
     """Draw the tensors of one cell; the same seed on the same kind of device gives the same tensors.
 
     A shard of an expert-parallel layer is measured with all slots local: ids below local_experts, no expert_map.
-    free_bytes bounds the weight copies. Raises ValueError for a layer that has no workload, MemoryError if it does not
-    fit.
+    free_bytes bounds the weight copies. Raises ValueError if top_k exceeds the local experts, MemoryError if it does
+    not fit.
     """
 
     def popularity(generator: torch.Generator) -> torch.Tensor:
@@ -228,16 +247,39 @@ def build_workload(
 
 
 def draw_weights(layer: Layer, generator: torch.Generator) -> Weights:
-    """One copy of random weights in the layer's dtype; the scale keeps outputs near 1 for inputs of variance 1."""
+    """One copy of random weights; the deviation keeps outputs near 1 for inputs of variance 1.
+
+    Quantised weights are normal ones, quantised a few experts at a time: the bits that a GPU multiplies decide its
+    power draw and with it its clock. Scales of whole tensors are dynamic.
+    """
     experts, hidden, inter, rows = layer.local_experts, layer.hidden_size, layer.intermediate_size, w13_rows(layer)
 
     def draw(*shape: int, std: float) -> torch.Tensor:
         return torch.empty(shape, dtype=layer.dtype, device=generator.device).normal_(0, std, generator=generator)
 
-    w13, w2 = draw(experts, rows, hidden, std=hidden**-0.5), draw(experts, hidden, inter, std=inter**-0.5)
-    if not layer.bias:
-        return Weights(w13, w2, {})
-    return Weights(w13, w2, {"w13_bias": draw(experts, rows, std=0.1), "w2_bias": draw(experts, hidden, std=0.1)})
+    def stored(*shape: int) -> Weight:
+        scheme, std = scheme_of(layer), shape[2] ** -0.5
+        if not scheme.kind:
+            return Weight(draw(*shape, std=std))
+        fp8 = fp8_dtype(generator.device) if scheme.mode == "fp8_w8a8" else None
+        at_once = experts_at_once(shape[1] * shape[2])
+        counts = [min(at_once, experts - start) for start in range(0, experts, at_once)]
+        parts = (draw(count, *shape[1:], std=std) for count in counts)
+        return quantize_parts(parts, experts, scheme, *stored_dtypes(scheme, layer.dtype, fp8))
+
+    w13, w2 = stored(experts, rows, hidden), stored(experts, hidden, inter)
+    named = named_tensors("w13", w13) | named_tensors("w2", w2)
+    if layer.bias:
+        named |= {"w13_bias": draw(experts, rows, std=0.1), "w2_bias": draw(experts, hidden, std=0.1)}
+    return Weights(named.pop("w13"), named.pop("w2"), named)
+
+
+def fp8_dtype(device: torch.device) -> torch.dtype:
+    """The e4m3 that the device multiplies: float8_e4m3fnuz on AMD's gfx94x, else float8_e4m3fn."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return torch.float8_e4m3fn
+    old = torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94")
+    return torch.float8_e4m3fnuz if old else torch.float8_e4m3fn
 
 
 def active_experts(topk_ids: torch.Tensor) -> int:
