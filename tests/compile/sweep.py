@@ -17,13 +17,14 @@ from moegen.plan import make_plan
 from moegen.runtime.activations import ACTIVATIONS, Activation
 from moegen.spec import Parallel
 from tests.support.packages import any_activation, spec_of
+from tests.support.weights import SMALL_SCHEMES
 
 # Of 8 experts and top_k 2: 1 token is low-latency, 2 are aligned, 512 reach the largest BLOCK_SIZE_M.
 LOW_LATENCY, BOTH, ALL_TILES = 1, 2, 512
 SIZES = {"num_experts": 8, "top_k": 2, "hidden_size": 256, "intermediate_size": 256}
 
 # name -> fields of the spec, tokens
-CASES: dict[str, tuple[dict[str, Any], int]] = {
+PLAIN_CASES: dict[str, tuple[dict[str, Any], int]] = {
     "tiles": ({}, ALL_TILES),
     "tails": ({"hidden_size": 200, "intermediate_size": 88}, BOTH),  # no tile divides the reductions
     "float16": ({"dtypes": ("float16",)}, BOTH),
@@ -32,15 +33,29 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "many experts": ({"num_experts": 512, "hidden_size": 64, "intermediate_size": 64}, LOW_LATENCY),
     "silu, clamped": ({"activation": Activation.of("silu", limit=10.0)}, LOW_LATENCY),
     "situ, clamped": ({"activation": Activation.of("situ", beta=4.0, limit=25.0)}, LOW_LATENCY),
-    **{name: ({"activation": any_activation(name)}, BOTH) for name in ACTIVATIONS if name != "silu"},
+    **{name: ({"activation": any_activation(name)}, LOW_LATENCY) for name in ACTIVATIONS if name != "silu"},
     **{f"{name}, bias": ({"activation": name, "bias": True}, BOTH) for name in ("silu", "swigluoai", "relu2_no_mul")},
 }
+# Every way to store weights; g64 and the ue8m0 form of blocks differ from their neighbours in numbers alone.
+SCHEMES = tuple(q for q in SMALL_SCHEMES if q not in ("int4_w4a16:g64", "fp8_w8a8:32x32"))
+# One scheme a kind of product, with every tile of the heuristic: on cuda:90 they must become wgmma.
+TILED = ("fp8_w8a8:channel", "fp8_w8a8:128x128", "int8_w8a8:channel", "int4_w4a16:g128z", "mxfp4_w4a16")
+
+
+def cases(target: str) -> dict[str, tuple[dict[str, Any], int]]:
+    """What to compile for `target`."""
+    quantised = {quant: ({"quant": (quant,)}, LOW_LATENCY) for quant in SCHEMES}
+    if target == "cuda:90":
+        quantised |= {f"{quant}, tiles": ({"quant": (quant,)}, ALL_TILES) for quant in TILED}
+    else:
+        quantised["fp8_w8a8:128x128"] = ({"quant": ("fp8_w8a8:128x128",)}, LOW_LATENCY)
+    return PLAIN_CASES | quantised
 
 
 def main(folder: str, target: str) -> None:
-    """Compile all CASES and print what came out."""
+    """Compile all cases and print what came out."""
     records = []
-    for case, (fields, tokens) in CASES.items():
+    for case, (fields, tokens) in cases(target).items():
         package = emit(make_plan(spec_of(**{**SIZES, **fields})), Path(folder))
         compiled = _compile_target((str(package), target, tokens))
         records += [{"case": case, "triton": triton.__version__, **asdict(item)} for item in compiled]

@@ -40,6 +40,7 @@ def _align_cases() -> list[AotCase]:
         tiles = align.align_launch_key(numel, experts)
         types = dict.fromkeys(buffers, "*i32") | {"topk_ids": f"*{id_type}"}
         fixed: dict[str, object] = {"MAPPING": mapping.value, "BINS": tiles.bins, "COUNT_TILE": tiles.count_tile}
+        fixed["PDL"] = False  # older GPUs lack it; tests/compile/test_targets.py compiles with it
         if mapping == align.NO_MAP:
             fixed["expert_map"] = None
         if tiles.two_launches:
@@ -58,7 +59,7 @@ def _reduce_cases() -> list[AotCase]:
         tiles = reduce.reduce_launch_key(tokens, 2048, 4 if dtype == "fp32" else 2)
         types = {"slot_outputs": f"*{dtype}", "out": f"*{dtype}", "topk_ids": "*i32", "expert_map": "*i32"}
         fixed: dict[str, object] = {"TOP_K": top_k, "TOP_K_PADDED": 1 << (top_k - 1).bit_length()}
-        fixed |= {"BLOCK_H": tiles.block_h} | ({} if mapped else {"expert_map": None})
+        fixed |= {"BLOCK_H": tiles.block_h, "PDL": False} | ({} if mapped else {"expert_map": None})
         cases.append(_case(f"reduce-{tokens}-{dtype}", reduce.top_k_reduce_kernel, types, fixed, tiles.num_warps))
     return cases
 

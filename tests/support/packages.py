@@ -13,8 +13,11 @@ from moegen.emit import emit
 from moegen.load import import_package
 from moegen.plan import make_plan
 from moegen.runtime.activations import ACTIVATIONS, REQUIRED, Activation
+from moegen.runtime.quant import Scheme
 from moegen.runtime.reference import moe_reference
+from moegen.runtime.weight import Weight
 from moegen.spec import MoESpec, Parallel, Shape
+from tests.support.weights import random_weight
 
 DEFAULT_SIZES = {"num_experts": 8, "top_k": 2, "hidden_size": 64, "intermediate_size": 32}
 # Largest relative error (of the norm of the whole output) of a right result: rounding of the activation and the output.
@@ -76,6 +79,7 @@ def make_inputs(
     mapped: bool = False,
     padded_rows: int = 0,
     ids_dtype: torch.dtype = torch.int32,
+    **weight_options: Any,
 ) -> dict[str, Any]:
     """Random arguments of `fused_experts` for one layer, drawn on the CPU so that every device gets the same ones.
 
@@ -83,7 +87,9 @@ def make_inputs(
     hot_expert     every token's first slot goes to this expert
     empty_experts  experts that no token chooses
     mapped         with an expert_map whose local experts are spread over the global ones
-    padded_rows    so many values lie between the rows of the weights
+    padded_rows    so many stored values lie between the rows of the weights
+    The rest goes to `random_weight`, which scales weights by the length of the reduction, so that activations and
+    outputs are of order 1.
     """
     g = torch.Generator().manual_seed(seed)
     ids_in = layer.num_experts if mapped else layer.local_experts
@@ -91,11 +97,12 @@ def make_inputs(
     ids[torch.rand(ids.shape, generator=g) < padding] = -1
     arguments = {
         "hidden_states": (torch.randn(tokens, layer.hidden_size, generator=g) / 3).to(layer.dtype),
-        "w13": _weight(g, layer.w13_shape, layer.dtype, padded_rows),
-        "w2": _weight(g, layer.w2_shape, layer.dtype, padded_rows),
         "topk_weights": weights,
         "topk_ids": ids.to(ids_dtype),
     }
+    for name, shape in (("w13", layer.w13_shape), ("w2", layer.w2_shape)):
+        weight = random_weight(g, layer.scheme, shape, layer.dtype, padded=padded_rows, **weight_options)
+        arguments |= named(name, weight)
     if layer.bias:
         arguments["w13_bias"] = torch.randn(layer.w13_shape[:2], generator=g).to(layer.dtype)
         arguments["w2_bias"] = torch.randn(layer.w2_shape[:2], generator=g).to(layer.dtype)
@@ -115,10 +122,19 @@ def _routing(
     return values.softmax(-1), ids
 
 
-def _weight(g: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, padded: int) -> torch.Tensor:
-    """Scaled by the length of the reduction, so that activations and outputs are of order 1."""
-    full = torch.randn(*shape[:-1], shape[-1] + padded, generator=g) * 3 / shape[-1] ** 0.5
-    return full.to(dtype)[..., : shape[-1]]
+def named(name: str, weight: Weight) -> dict[str, torch.Tensor]:
+    """A weight and its parts under the argument names of `fused_experts`: w13, w13_scale, …"""
+    parts = {name: weight.values}
+    for part in ("scale", "zeros", "global_scale", "input_scale", "bias"):
+        value = getattr(weight, part)
+        if value is not None:
+            parts[f"{name}_{part}"] = value
+    return parts
+
+
+def unnamed(package: ModuleType, name: str, arguments: dict[str, Any]) -> Any:
+    """The inverse of `named`: a Weight for the package's own layer.run."""
+    return package.runtime.weight.Weight.of(name, arguments[name], arguments)
 
 
 def spread_map(g: torch.Generator, num_experts: int, local_experts: int) -> torch.Tensor:
@@ -139,7 +155,8 @@ def to_device(value: torch.Tensor, device: str) -> torch.Tensor:
 
 def oracle(layer: Any, arguments: dict[str, Any], **options: Any) -> torch.Tensor:
     """The layer in float64."""
-    return moe_reference(activation=layer.activation, **arguments, **options)
+    scheme = Scheme.parse(layer.quant)
+    return moe_reference(activation=layer.activation, scheme=scheme, **arguments, **options)
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -18,7 +18,8 @@ MAX_CONTROL_TAGS = 10
 ORDER = (
     ("__init__",),
     ("runtime",),
-    ("quant", "device"),
+    ("quant", "quantize", "device"),
+    ("checkpoints",),
     ("spec",),
     ("models", "huggingface"),
     ("plan",),

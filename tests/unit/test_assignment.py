@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from moegen.quant import QUANT_MODES
 from moegen.runtime import assignment
 from moegen.runtime.assignment import _prepare_expert_assignment, low_latency_applies
-from tests.support.packages import make_inputs
+from tests.support.packages import make_inputs, unnamed
+from tests.support.weights import SMALL_SCHEMES
 
 # (tokens, top_k, experts): tokens * top_k * 4 is one below, at and one above the number of experts
 SIZES = {
@@ -105,17 +105,20 @@ def _record_layer(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Simpl
     module = package.runtime.layer
     record = SimpleNamespace(aligned=[], gemms=(Recorder(), Recorder()))
     monkeypatch.setattr(module, "align_into", lambda *args, **_: record.aligned.append(args))
+    monkeypatch.setattr(module, "quantise", lambda x, *_: module.Activations(x, None))
     monkeypatch.setattr(module, "top_k_reduce", lambda *_args, **_options: None)
     monkeypatch.setattr(layer.kernels, "gemm1", record.gemms[0])
     monkeypatch.setattr(layer.kernels, "gemm2", record.gemms[1])
     return record
 
 
-def _call(kind: type, arguments: dict[str, Any]) -> Any:
+def _call(package: ModuleType, arguments: dict[str, Any]) -> Any:
     """A Call without checks: everything that `arguments` lack is off."""
-    names = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids", "w13_bias", "w2_bias", "expert_map")
+    weights = {name: unnamed(package, name, arguments) for name in ("w13", "w2")}
+    names = ("hidden_states", "topk_weights", "topk_ids", "expert_map")
+    rest = {name: arguments.get(name) for name in names}
     out = torch.empty_like(arguments["hidden_states"])
-    return kind(**{name: arguments.get(name) for name in names}, apply_router_weight_on_input=False, out=out)
+    return package.runtime.layer.Call(**weights, **rest, apply_router_weight_on_input=False, out=out)
 
 
 H200 = ("NVIDIA H200", "cuda", "90", 132, 232_448)
@@ -129,19 +132,20 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("mode", list(QUANT_MODES))
+@pytest.mark.parametrize("quant", ["none", *SMALL_SCHEMES, "int4_w4a16:g128z", "fp8_w8a8:128x128"])
 @pytest.mark.parametrize(("tokens", "mapped", "low_latency"), RUNS)
 def test_run_takes_the_shortcut(
-    mode: str, tokens: int, mapped: bool, low_latency: bool,
+    quant: str, tokens: int, mapped: bool, low_latency: bool,
     build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """`run` itself, not only the rule: the sort is skipped exactly where the rule says so, in every quant mode."""
-    package = build(num_experts=32, top_k=2, quant=(mode,))
+    """`run` itself, not only the rule: in every quant scheme, also with K groups, which vLLM's rule leaves out."""
+    package = build(num_experts=32, top_k=2, quant=(quant,))
     layer, runtime = package.LAYERS[0], package.runtime
-    assert layer.quant == mode
+    assert layer.quant.startswith(quant)  # a bare mode gets its default granularity
     record = _record_layer(package, monkeypatch)
     arguments = make_inputs(layer, tokens, mapped=mapped)
-    call = _call(runtime.layer.Call, arguments)
+    call = _call(package, arguments)
+    assert runtime.layer.is_low_latency(layer, tokens, call.expert_map) is low_latency
     configs, device = package._dispatch._PACKAGE._configs, runtime.device.DeviceFacts(*H200)
     tiles = configs.tiles(layer, tokens, call.expert_map, device)
     runtime.layer.run(layer, call, tiles)

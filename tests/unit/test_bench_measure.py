@@ -16,11 +16,12 @@ from moegen.bench.measure import (
     layer_reference,
     measure_cell,
     relative_error,
+    tolerance,
 )
 from moegen.bench.peers import PACKAGE, Candidate
 from moegen.bench.roofline import Ceilings
 from moegen.bench.timing import Timing, ratio, rotated
-from moegen.bench.workload import LayerCall, draw_log_popularity, draw_routing, draw_weights
+from moegen.bench.workload import Layer, LayerCall, draw_log_popularity, draw_routing, draw_weights
 from moegen.runtime.activations import Activation
 
 CPU = torch.device("cpu")
@@ -59,11 +60,11 @@ def failing(*_: torch.Tensor, **__: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("out of something\nand a long explanation")
 
 
-def one_call(tokens: int) -> LayerCall:
+def one_call(tokens: int, quant: str = "none") -> LayerCall:
     source = torch.Generator().manual_seed(0)
     weights, ids = draw_routing(tokens, 2, draw_log_popularity(8, "balanced", source), source)
     hidden = torch.randn(tokens, 64, generator=source).to(torch.bfloat16)
-    return LayerCall(hidden, draw_weights(LAYER, source), weights, ids)
+    return LayerCall(hidden, draw_weights(FakeLayer(quant=quant), source), weights, ids)
 
 
 class EagerCalls:
@@ -140,10 +141,54 @@ def test_an_output_that_only_the_replay_spoils_is_wrong() -> None:
 
 @pytest.mark.usefixtures("no_device")
 def test_a_layer_without_a_workload_is_a_row() -> None:
-    cell = run_cell(Candidate(PACKAGE, right), layer=FakeLayer(quant="int4_w4a16"))
+    cell = run_cell(Candidate(PACKAGE, right), layer=FakeLayer(top_k=9))
     assert cell.result(PACKAGE).status == "error"
-    assert "int4_w4a16" in cell.result(PACKAGE).message
+    assert "top_k: 9" in cell.result(PACKAGE).message
     assert cell.floor is None
+
+
+@pytest.mark.usefixtures("no_device")
+@pytest.mark.parametrize("quant", ["fp8_w8a8:tensor", "fp8_w8a8:32x32", "int8_w8a8", "int4_w4a16:g32z", "nvfp4_w4a16"])
+def test_quantised_layers_are_compared_in_their_own_scheme(quant: str) -> None:
+    layer = FakeLayer(quant=quant)
+    seen: list[set[str]] = []
+
+    def same(x: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        seen.append(set(kwargs))
+        return layer_reference(layer, x, *args, **kwargs).to(x.dtype)
+
+    def one_step_off(x: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        scales = {key: value.float() * 1.06 for key, value in kwargs.items() if key == "w2_scale"}
+        return layer_reference(layer, x, *args, **kwargs | scales).to(x.dtype)
+
+    cell = run_cell(Candidate(PACKAGE, same), Candidate("off", one_step_off), layer=layer)
+    assert [result.status for result in cell.results] == ["ok", "wrong"], cell.results
+    assert {"w13_scale", "w2_scale", "w13_bias", "w2_bias"} <= seen[0]
+    assert cell.dtype == "bfloat16"
+
+
+def test_tolerances() -> None:
+    assert tolerance(FakeLayer(dtype=torch.float16)) == 5e-3
+    assert tolerance(FakeLayer(dtype=torch.float16, quant="int4_w4a16")) == 5e-3
+    assert tolerance(FakeLayer(dtype=torch.float16, quant="fp8_w8a8")) == 4e-2
+
+
+@pytest.mark.parametrize(("quant", "tokens"), [("fp8_w8a8:tensor", 300), ("fp8_w8a8:tensor_token", 64)])
+def test_a_scale_of_the_whole_tensor_needs_all_tokens(quant: str, tokens: int) -> None:
+    """One huge value in a token that is not sampled coarsens all the others."""
+    layer, call = FakeLayer(quant=quant), one_call(300, quant)
+    call.hidden_states[1] *= 1000
+    counts: list[int] = []
+
+    def reference(layer: Layer, x: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        counts.append(x.shape[0])
+        return layer_reference(layer, x, *args, **kwargs)
+
+    check = Check.of(layer, call, reference)
+    assert counts == [tokens]
+    assert check.expected.shape == (64, 64)
+    out = call.run(lambda *args, **kwargs: layer_reference(layer, *args, **kwargs))
+    assert check.verify(out) < 1e-6
 
 
 @pytest.mark.usefixtures("no_device")

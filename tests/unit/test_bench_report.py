@@ -49,7 +49,7 @@ FAILED = Cell(
 PACKAGE_SOURCE = """
 from types import SimpleNamespace
 import torch
-LAYERS = tuple(SimpleNamespace(slug=slug, dtype=torch.bfloat16) for slug in "ab")
+LAYERS = tuple(SimpleNamespace(slug=slug, dtype=torch.bfloat16, quant="none") for slug in "ab")
 def fused_experts(*args): ...
 def warmup(max_tokens): ...
 """

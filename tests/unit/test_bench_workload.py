@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moegen.bench.roofline import Ceilings, floor
+from moegen.bench.measure import layer_reference
+from moegen.bench.roofline import Ceilings, floor, matmul_call, operand_dtype
 from moegen.bench.workload import (
     COLD_BYTES,
     MAX_CALLS,
     Layer,
+    LayerCall,
     Workload,
     build_workload,
     calls_wanted,
@@ -18,6 +20,7 @@ from moegen.bench.workload import (
     copies_wanted,
     draw_log_popularity,
     draw_routing,
+    draw_weights,
     expert_bytes,
     layer_bytes,
     layer_flops,
@@ -70,9 +73,82 @@ def test_counts_of_an_ungated_layer_with_bias_in_float32() -> None:
     assert layer_flops(layer, 5) == 2 * 5 * 2 * (32 * 64 + 64 * 32)
 
 
-def test_a_quant_mode_has_no_workload_yet() -> None:
-    with pytest.raises(ValueError, match=r"quant: .*'fp8_w8a8'"):
-        expert_bytes(replace(SMALL, quant="fp8_w8a8"))
+@pytest.mark.parametrize(
+    ("quant", "count"),
+    [
+        ("fp8_w8a8:tensor", 64 * 64 + 64 * 32 + 2 * 4),
+        ("fp8_w8a8:128x128", 64 * 64 + 64 * 32 + 2 * 4),
+        ("fp8_w8a8:16x16", 64 * 64 + 64 * 32 + (4 * 4 + 4 * 2) * 4),
+        ("int8_w8a8", 64 * 64 + 64 * 32 + (64 + 64) * 4),
+        ("int8_w8a16", 64 * 64 + 64 * 32 + (64 + 64) * 2),
+        ("int4_w4a16:g32", 64 * 32 + 64 * 16 + (64 * 2 + 64) * 2),
+        ("int4_w4a16:g32z", 64 * 32 + 64 * 16 + (64 * 2 + 64) * 2 + 32 * 2 + 32),
+        ("mxfp4_w4a16", 64 * 32 + 64 * 16 + 64 * 2 + 64),
+        ("nvfp4_w4a16", 64 * 32 + 64 * 16 + 64 * 4 + 64 * 2 + 2 * 4),
+    ],
+)
+def test_counts_of_stored_weights(quant: str, count: int) -> None:
+    assert expert_bytes(replace(SMALL, quant=quant)) == count
+    assert expert_bytes(replace(SMALL, quant=quant, bias=True)) == count + (64 + 64) * 2
+
+
+QUANTS = (
+    "fp8_w8a8:tensor", "fp8_w8a8:tensor_token", "fp8_w8a8:channel", "fp8_w8a8", "fp8_w8a8:32x16ue8m0",
+    "int8_w8a8", "int8_w8a8:tensor", "int8_w8a8:128x128", "int8_w8a16", "int8_w8a16:g32", "int8_w8a16:g16z",
+    "int4_w4a16:g32", "int4_w4a16:g32z", "mxfp4_w4a16", "mxfp4_w4a8", "nvfp4_w4a16", "mxfp8",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_quantised_weights_are_counted_checked_and_of_size_one(
+    quant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moegen.quantize.CHUNK", 3 * 64 * 64)
+    layer = replace(SMALL, quant=quant, dtype=dtype, bias=True)
+    weights = draw_weights(layer, seeded())
+    tensors = [weights.w13, weights.w2, *weights.kwargs.values()]
+    assert sum(tensor.numel() * tensor.itemsize for tensor in tensors) == 8 * expert_bytes(layer)
+    hidden = torch.randn(40, 64, generator=seeded(1)).to(dtype)
+    routing = draw_routing(40, 2, torch.zeros(8), seeded(2))
+    out = LayerCall(hidden, weights, *routing).run(lambda *args, **kwargs: layer_reference(layer, *args, **kwargs))
+    assert isinstance(out, torch.Tensor)
+    assert 0.1 < out.std() < 2
+    again = draw_weights(layer, seeded())
+    assert again.w2.view(torch.uint8).equal(weights.w2.view(torch.uint8))
+    assert not weights.w13[0].view(torch.uint8).equal(weights.w13[7].view(torch.uint8))
+
+
+def test_quantised_copies_leave_room_to_quantise() -> None:
+    layer = replace(MIXTRAL, quant="fp8_w8a8")
+    one = 8 * expert_bytes(layer)
+    assert one < 0.51 * 8 * expert_bytes(MIXTRAL)
+    assert copies_allowed(layer, 1, 1, 100 * one) == 95
+
+
+@pytest.mark.parametrize(
+    ("quant", "dtype"),
+    [
+        ("none", torch.float16),
+        ("fp8_w8a8:tensor", torch.float8_e4m3fn),
+        ("int8_w8a8", torch.int8),
+        ("int4_w4a16", torch.float16),
+        ("mxfp4_w4a8", torch.float16),
+        ("mxfp8", torch.float16),
+    ],
+)
+def test_the_ceiling_is_that_of_what_is_multiplied(quant: str, dtype: torch.dtype) -> None:
+    assert operand_dtype(replace(SMALL, quant=quant, dtype=torch.float16), CPU) == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+def test_products_of_every_operand_type(dtype: torch.dtype) -> None:
+    """That the calls are valid and do not give zeros; rates need a device."""
+    torch.manual_seed(0)
+    out = matmul_call(dtype, CPU, 64)().float()
+    scale = 8 * 40**2 if dtype == torch.int8 else 8
+    assert out.shape == (64, 64)
+    assert 0.8 < out.std() / scale < 1.2
 
 
 def test_floor_names_the_larger_term() -> None:

@@ -159,7 +159,8 @@ USAGE: list[tuple[list[str], str]] = [
     (["build", "--model", MODEL, "--tp", "two"], "'two' is not allowed"),
     (["build", "--model", MODEL, "--ep", "1,,2"], "'1,,2' is not allowed"),
     (["build", "--model", MODEL, "--dtype", "int8"], "'int8' is not allowed; allowed: bfloat16, float16, float32"),
-    (["build", "--model", MODEL, "--quant", "fp3"], "'fp3' is not allowed; allowed: none"),
+    (["build", "--model", MODEL, "--quant", "fp3"], "'fp3' is not supported; allowed: none, fp8_w8a8, "),
+    (["build", "--model", MODEL, "--quant", "int4_w4a16:g48"], "int4_w4a16 has K groups of 32, 64, 128"),
     (["build", "--model", MODEL, "--target", "cuda:1"], "'cuda:1' is not allowed; allowed: cuda:80"),
     (["show"], "required"),
 ]

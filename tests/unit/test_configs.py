@@ -16,6 +16,7 @@ from moegen.device import TARGETS
 from moegen.runtime.activations import Activation
 from moegen.runtime.configs import BUCKETS, ENV_CONFIG_DIR, Configs, RecordError, bucket_of, layer_facts, read_record
 from moegen.runtime.layer import Layer
+from moegen.runtime.quant import Scheme
 from moegen.runtime.tile import LayerTiles, TileConfig, default_tiles
 
 H200 = TARGETS["cuda:90"]
@@ -27,7 +28,7 @@ LAYER = Layer(
     hidden_size=2048,
     intermediate_size=768,
     dtype=torch.bfloat16,
-    quant="none",
+    scheme=Scheme(),
     activation=Activation.of("silu"),
     bias=False,
     kernels=SimpleNamespace(),  # type: ignore[arg-type]
@@ -181,6 +182,7 @@ REFUSED: dict[str, tuple[object, tuple[str, ...]]] = {
     "no GPU": (record(gpu=None), ("gpu", "None")),
     "other experts": (layer_with(num_experts=64), ("layer", "64")),
     "other dtype": (layer_with(dtype="float16"), ("layer", "float16")),
+    "other quant": (layer_with(quant="int8_w8a8:channel"), ("layer", "int8_w8a8:channel")),
     "other activation": (layer_with(activation="gelu"), ("layer", "gelu")),
     "extra fact": (layer_with(colour="red"), ("layer", "red")),
     "no layer": (record(layer=[]), ("layer", "[]")),

@@ -127,7 +127,7 @@ def test_path_forms_and_names(tmp_path: Path) -> None:
         ({"model_type": ["mixtral"]}, ["model_type: ['mixtral'] is not known"]),
         ({**QWEN3, "num_experts": None}, ["num_experts or num_local_experts: missing", "keys seen: hidden_act, "]),
         ({**QWEN3, "num_local_experts": 64}, ["num_experts / num_local_experts", "128", "64", "disagree"]),
-        ({**QWEN3, "num_experts_per_tok": 200}, ["top_k: 200", "from 1 to 128"]),
+        ({**QWEN3, "num_experts_per_tok": 200}, ["top_k: 200", "from 1 to 32"]),
         ({**QWEN3, "num_experts_per_tok": [8, 6]}, ["num_experts_per_tok: [8, 6]", "the same in every layer"]),
         ({**QWEN3, "num_experts_per_tok": []}, ["num_experts_per_tok: []"]),
         ({**QWEN3, "hidden_act": "quick_gelu"}, ["hidden_act: 'quick_gelu'", "allowed: silu, swish"]),

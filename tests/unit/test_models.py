@@ -1,13 +1,20 @@
 """Every entry of models.yaml is a layer that can be built, and is found by all its names."""
 
+import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from moegen import cli, models
+from moegen.emit import package_files
 from moegen.models import Model, load_models, model_spec
+from moegen.plan import make_plan
 from moegen.runtime.activations import Activation
+from moegen.runtime.quant import Scheme
 from moegen.spec import Parallel, Shape, SpecError
 
 MODELS = load_models()
@@ -69,6 +76,80 @@ def test_known_values(name: str, sizes: tuple[int, int, int, int], activation: A
     assert spec.activation == activation
     assert spec.bias is bias
     assert spec.dtypes == ("bfloat16",)
+
+
+QUANTISED = {name: model for name, model in MODELS.items() if set(model.quant) - {"none"}}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_schemes(model: Model) -> None:
+    assert [Scheme.parse(name).name for name in model.quant] == list(model.quant)
+    assert ("none" in model.quant) == ("bf16" in model.released)
+
+
+@pytest.mark.parametrize("model", QUANTISED.values(), ids=QUANTISED)
+def test_package_of_every_released_scheme_renders(model: Model) -> None:
+    plan = make_plan(model_spec(model.name, (Parallel(), Parallel(ep=2)), quant=model.quant))
+    assert [item.variant.quant for item in plan.layers] == list(model.quant) * 2
+    files = package_files(plan)  # rendering checks that every module is Python
+    assert {f"{module.name}.py" for module in plan.modules} <= set(files)
+    assert len(plan.modules) == len(model.quant)
+
+
+def combinations() -> list[tuple[str, str, str, str]]:
+    """(scheme, activation, bias, rows of w13) that released models use, quantised ones only."""
+    found = {
+        (quant, model.activation.slug, "yes" if model.bias else "no", "2I" if model.activation.gated else "I")
+        for model in MODELS.values()
+        for quant in model.quant
+        if quant != "none"
+    }
+    return sorted(found)
+
+
+def test_docs_have_every_combination_of_scheme_and_layer() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "modes.md").read_text()
+    rows = re.findall(r"^\| `(\S+)` \| `(\S+)` \| (yes|no) \| (2I|I) \| (.+?) \|", text, re.MULTILINE)
+    assert sorted(row[:4] for row in rows) == combinations()
+    for quant, activation, bias, _, shown in rows:
+        users = [
+            model.name
+            for model in MODELS.values()
+            if quant in model.quant and activation == model.activation.slug and (bias == "yes") == model.bias
+        ]
+        assert shown == ", ".join(users)
+
+
+@pytest.mark.parametrize(
+    ("quant", "message"),
+    [
+        ("none", r"m.quant: 'none' is not allowed; allowed: a list"),
+        (["none", "fp9"], r"m.quant\[1\]: 'fp9' is not supported; allowed: none, fp8_w8a8"),
+        (["fp8_w8a8", "fp8_w8a8:128x128"], r"m.quant\[1\]: .* each scheme once"),
+    ],
+)
+def test_bad_schemes_are_refused(quant: object, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        models._schemes(quant, "m.quant")
+
+
+def test_build_all_released_schemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["build", "--model", "mixtral-8x7b", "--quant", "released", "-o", str(tmp_path)]) == 0
+    manifest = json.loads((tmp_path / "moe_mixtral_8x7b" / "manifest.json").read_text())
+    assert tuple(manifest["spec"]["quant"]) == MODELS["mixtral-8x7b"].quant
+    assert cli.main(["list", "--quant"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for model in MODELS.values():
+        assert lines[model.name].endswith(f"  {', '.join(model.quant) or '?'}")
+
+
+def test_released_needs_a_model_that_has_schemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parent / "data" / "hf" / "qwen3-30b-a3b.json"
+    nothing = next(model.name for model in MODELS.values() if not model.quant)
+    for source, message in (([str(file)], "not allowed for a file"), (["--model", nothing], "no released scheme")):
+        assert cli.main(["build", *source, "--quant", "released", "-o", str(tmp_path)]) == 3
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_choices_are_passed_on() -> None:

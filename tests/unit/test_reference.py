@@ -313,11 +313,18 @@ def test_compiled_equals_eager(backend: str, mapped: bool, build: Callable[..., 
         assert torch.equal(out, expected)
 
 
-def test_opcheck(build: Callable[..., ModuleType]) -> None:
-    package = build(bias=True, parallel=(Parallel(ep=2),))
+def flat(a: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of the registered op, in the order of its schema."""
+    parts = ("", "_scale", "_zeros", "_global_scale", "_input_scale", "_bias")
+    weights = [a.get(f"{name}{part}") for name in ("w13", "w2") for part in parts]
+    return (a["hidden_states"], *weights, a["topk_weights"], a["topk_ids"], a.get("expert_map"), -1, False)
+
+
+@pytest.mark.parametrize("quant", ["none", "int4_w4a16:g32z", "int8_w8a8:channel"])  # opcheck itself cannot compare fp8
+def test_opcheck(quant: str, build: Callable[..., ModuleType]) -> None:
+    package = build(bias=True, parallel=(Parallel(ep=2),), quant=(quant,))
     a = make_inputs(package.LAYERS[0], 6, mapped=True)
-    names = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids", "w13_bias", "w2_bias", "expert_map")
-    torch.library.opcheck(package._dispatch._OP.default, (*[a[name] for name in names], -1, False))
+    torch.library.opcheck(package._dispatch._OP.default, flat(a))
 
 
 def test_op_survives_the_copy_that_registered_it(tmp_path: Path) -> None:

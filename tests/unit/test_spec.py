@@ -52,7 +52,12 @@ def test_round_trip(changes: dict[str, Any]) -> None:
         ({"shapes": [SHAPE, SHAPE]}, "allowed: each item once; this one repeats shapes[0]"),
         (
             {"shapes": [{**SHAPE, "top_k": 129}]},
-            "shapes[0].top_k: 129 is not allowed; allowed: an integer from 1 to 128",
+            "shapes[0].top_k: 129 is not allowed; allowed: an integer from 1 to 32",
+        ),
+        ({"shapes": [{**SHAPE, "top_k": 33}]}, "shapes[0].top_k: 33 is not allowed; allowed: an integer from 1 to 32"),
+        (
+            {"shapes": [{**SHAPE, "num_experts": 16, "top_k": 17}]},
+            "shapes[0].top_k: 17 is not allowed; allowed: an integer from 1 to 16 (num_experts)",
         ),
         ({"shapes": [{**SHAPE, "top_k": 0}]}, "shapes[0].top_k: 0 is not allowed"),
         ({"shapes": [{**SHAPE, "top_k": True}]}, "shapes[0].top_k: True is not allowed"),
@@ -68,8 +73,10 @@ def test_round_trip(changes: dict[str, Any]) -> None:
         ({"dtypes": "bfloat16"}, "dtypes: 'bfloat16' is not allowed; allowed: a list"),
         ({"dtypes": ["float16", "float16"]}, "dtypes[1]: 'float16' is not allowed; allowed: each item once"),
         ({"dtypes": [["float16"]]}, "dtypes[0]: ['float16'] is not allowed"),
-        ({"quant": ["int3"]}, "quant[0]: 'int3' is not allowed; allowed: none"),
+        ({"quant": ["int3"]}, "quant[0]: 'int3' is not supported; allowed: none, fp8_w8a8, "),
         ({"quant": []}, "quant: () is not allowed"),
+        ({"quant": ["none", 8]}, "quant[1]: 8 is not allowed; allowed: the name of a quant mode"),
+        ({"quant": ["int4_w4a16:g48"]}, "quant[0]: 'int4_w4a16:g48' is not supported; int4_w4a16 has K groups of 32, "),
         ({"bias": 1}, "bias: 1 is not allowed; allowed: true or false"),
         ({"activation": "silux"}, "activation: 'silux' is unknown; allowed: silu, gelu"),
         ({"activation": 5}, "activation: 5 is not allowed; allowed: a name, or a mapping with name"),
@@ -118,9 +125,9 @@ def test_refused_top_level(data: object, message: str) -> None:
     [
         ({"local_experts": 129}, "local_experts: 129 is not allowed; allowed: an integer from 1 to 128 (num_experts)"),
         ({"dtype": "half"}, "dtype: 'half' is not allowed; allowed: bfloat16"),
-        ({"quant": "int3"}, "quant: 'int3' is not allowed"),
-        ({"block_shape": [128, 128]}, "block_shape: [128, 128] is not allowed; allowed: None or a tuple (n, k)"),
-        ({"block_shape": (128, 0)}, "block_shape[1]: 0 is not allowed"),
+        ({"quant": "int3"}, "quant: 'int3' is not supported"),
+        ({"quant": ("none",)}, "quant: ('none',) is not allowed; allowed: the name of a quant mode"),
+        ({"quant": "fp8_w8a8:128x0"}, "quant: 'fp8_w8a8:128x0' is not supported; allowed: a K group that is a power"),
         ({"activation": "silu"}, "activation: 'silu' is not allowed; allowed: an Activation"),
         ({"activation": Activation("swigluoai")}, "allowed: the result of Activation.of('swigluoai', ...)"),
         ({"activation": Activation("nope")}, "activation: 'nope' is unknown"),
@@ -140,7 +147,8 @@ def test_refused_variant(changes: dict[str, Any], message: str) -> None:
         ({"dtype": "float16", "bias": True}, "e128_k8_h2048_i768_fp16_silu_bias"),
         ({"dtype": "float32", "local_experts": 32}, "e32of128_k8_h2048_i768_fp32_silu"),
         ({"activation": Activation.of("silu", limit=10)}, "e128_k8_h2048_i768_bf16_silu_limit10"),
-        ({"block_shape": (128, 64)}, "e128_k8_h2048_i768_bf16_b128x64_silu"),
+        ({"quant": "fp8_w8a8:128x64"}, "e128_k8_h2048_i768_bf16_fp8_w8a8_128x64_silu"),
+        ({"quant": "int4_w4a16", "bias": True}, "e128_k8_h2048_i768_bf16_int4_w4a16_g128_silu_bias"),
     ],
 )
 def test_variant_slug(changes: dict[str, Any], slug: str) -> None:

@@ -11,10 +11,10 @@ from moegen.models import load_models
 from moegen.runtime.configs import BUCKETS
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import FAMILIES, Gemm, TileConfig, default_tiles, shared_memory, why_illegal
-from moegen.spec import DTYPES, Parallel
+from moegen.spec import Parallel
 
 H200 = TARGETS["cuda:90"]
-GEMM = Gemm("gemm1", 128, 8, 1536, 2048, True, 2)
+GEMM = Gemm("gemm1", 128, 8, 1536, 2048, True, a_bits=16, w_bits=16, group_k=0)
 TILE = TileConfig(64, 128, 64, GROUP_SIZE_M=8, num_warps=4, num_stages=3)
 
 ILLEGAL: list[tuple[dict[str, Any], str]] = [
@@ -52,7 +52,9 @@ def test_legality_depends_on_device_and_element_size() -> None:
     assert shared_memory(tile, GEMM) == (64 + 128) * 128 * 2 * 4
     assert why_illegal(tile, GEMM, H200) is None
     assert why_illegal(tile, GEMM, TARGETS["cuda:120"]) is not None
-    assert why_illegal(tile, replace(GEMM, element_size=4), H200) is not None
+    assert why_illegal(tile, replace(GEMM, a_bits=32, w_bits=32), H200) is not None
+    assert shared_memory(tile, replace(GEMM, w_bits=8)) == (64 * 2 + 128) * 128 * 4 + 128 * 128 * 2
+    assert why_illegal(tile, replace(GEMM, a_bits=8, w_bits=8), TARGETS["cuda:120"]) is None
 
 
 def test_shared_memory_holds_at_least_the_epilogue() -> None:
@@ -93,15 +95,34 @@ def test_from_dict_round_trip() -> None:
     assert TileConfig.from_dict(PLAIN) == TileConfig(16, 64, 64)
 
 
-def gemms(model: Any, dtype: str, split: Parallel) -> tuple[Gemm, Gemm]:
+def gemms(model: Any, stored: dict[str, int], split: Parallel) -> tuple[Gemm, Gemm]:
     """Both GEMMs of a known model, written out without the package's own code."""
-    s, size = model.shape, {"float32": 4}.get(dtype, 2)
+    s = model.shape
     experts, inner = s.num_experts // split.ep, s.intermediate_size // split.tp
     gated = model.activation.gated
     return (
-        Gemm("gemm1", experts, s.top_k, inner * (2 if gated else 1), s.hidden_size, gated, size),
-        Gemm("gemm2", experts, s.top_k, s.hidden_size, inner, False, size),
+        Gemm("gemm1", experts, s.top_k, inner * (2 if gated else 1), s.hidden_size, gated, **stored),
+        Gemm("gemm2", experts, s.top_k, s.hidden_size, inner, False, **stored),
     )
+
+
+# How activations and weights are stored: bits of a value, K group.
+STORED: dict[str, tuple[int, int, int]] = {
+    "16 bit": (16, 16, 0),
+    "float32": (32, 32, 0),
+    "w8a8": (8, 8, 0),
+    "w8a8, groups of 128": (8, 8, 128),
+    "w8a8, groups of 32": (8, 8, 32),
+    "w8a16": (16, 8, 0),
+    "w8a16, groups of 64": (16, 8, 64),
+    "w4a16, groups of 16": (16, 4, 16),
+    "w4a16, groups of 128": (16, 4, 128),
+    "w4 with float32": (32, 4, 32),
+}
+
+
+def stored_as(name: str) -> dict[str, int]:
+    return dict(zip(("a_bits", "w_bits", "group_k"), STORED[name], strict=True))
 
 
 def splits(model: Any) -> list[Parallel]:
@@ -111,12 +132,12 @@ def splits(model: Any) -> list[Parallel]:
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_default_tiles_are_legal(target: str, dtype: str) -> None:
+@pytest.mark.parametrize("stored", STORED)
+def test_default_tiles_are_legal(target: str, stored: str) -> None:
     device = TARGETS[target]
     for model in load_models().values():
         for split in splits(model):
-            gemm1, gemm2 = gemms(model, dtype, split)
+            gemm1, gemm2 = gemms(model, stored_as(stored), split)
             for tokens, low_latency in product(BUCKETS, (False, True)):
                 assert_legal(gemm1, gemm2, tokens, device, low_latency, model.name)
 
@@ -131,9 +152,30 @@ def assert_legal(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
-def test_default_tiles_of_tiny_layers_are_legal(target: str) -> None:
+@pytest.mark.parametrize("stored", STORED)
+def test_default_tiles_of_tiny_layers_are_legal(target: str, stored: str) -> None:
+    how = stored_as(stored)
     for experts, top_k, rows, depth in product((1, 8, 1024), (1, 8), (2, 30, 511), (1, 7, 511)):
-        gemm1 = Gemm("gemm1", experts, min(top_k, experts), rows, depth, True, 2)
-        gemm2 = Gemm("gemm2", experts, min(top_k, experts), depth, rows // 2, False, 2)
+        gemm1 = Gemm("gemm1", experts, min(top_k, experts), rows, depth, True, **how)
+        gemm2 = Gemm("gemm2", experts, min(top_k, experts), depth, rows // 2, False, **how)
         for tokens in (1, 3, 65536):
             assert_legal(gemm1, gemm2, tokens, TARGETS[target], False, "tiny")
+
+
+W8A8 = replace(GEMM, a_bits=8, w_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("gemm", "block_k", "reason"),
+    [
+        (W8A8, 16, "BLOCK_SIZE_K=16 is below the 32 steps of an 8-bit tensor-core product"),
+        (replace(W8A8, group_k=64), 128, "BLOCK_SIZE_K=128 does not divide the quant group of 64"),
+        (replace(W8A8, group_k=16), 32, "BLOCK_SIZE_K=32 does not divide the quant group of 16"),
+        (replace(W8A8, group_k=64), 32, None),
+        (W8A8, 256, None),
+        (replace(GEMM, w_bits=4, group_k=64), 128, None),  # weights are scaled in registers, group by group
+        (replace(GEMM, w_bits=4, group_k=64), 32, None),
+    ],
+)
+def test_legality_of_quant_groups(gemm: Gemm, block_k: int, reason: str | None) -> None:
+    assert why_illegal(replace(TILE, BLOCK_SIZE_K=block_k), gemm, H200) == reason

@@ -1,0 +1,68 @@
+"""What tells compiled kernels of one layer apart, and which forms of the arguments warm-up takes for granted."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from moegen.device import TARGETS
+from tests.support.packages import make_inputs, unnamed
+from tests.support.weights import SMALL_SCHEMES
+
+H200 = TARGETS["cuda:90"]
+
+
+def call_of(package: ModuleType, arguments: dict[str, Any]) -> Any:
+    weights = [unnamed(package, name, arguments) for name in ("w13", "w2")]
+    x = arguments["hidden_states"]
+    return package.runtime.layer.Call(x, *weights, arguments["topk_weights"], arguments["topk_ids"], None, False, x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("quant", ["none", *SMALL_SCHEMES])
+def test_warmup_takes_the_form_of_a_checkpoint(quant: str, bias: bool, build: Callable[..., ModuleType]) -> None:
+    """Its calls select the kernels that a usual call of the same layer runs."""
+    package = build(quant=(quant,), bias=bias)
+    layer, variant = package.LAYERS[0], package.runtime.package._variant
+    ((call, _),) = package._dispatch._PACKAGE.distinct_calls(layer, 1, H200, "meta")
+    arguments = make_inputs(layer, 1)
+    if quant.endswith("ue8m0"):  # stored in float32 (DeepSeek-V3.1) more often than as bytes
+        arguments |= {name: arguments[name].view(torch.float8_e8m0fnu).float() for name in ("w13_scale", "w2_scale")}
+    usual = call_of(package, arguments)
+    assert variant(call) == variant(usual)
+    for warm, given in ((call.w13, usual.w13), (call.w2, usual.w2)):
+        for part in ("values", "scale", "zeros", "global_scale", "bias"):
+            shapes = [None if getattr(w, part) is None else getattr(w, part).shape for w in (warm, given)]
+            assert shapes[0] == shapes[1], part
+
+
+@pytest.mark.parametrize(
+    ("quant", "name", "change"),
+    [
+        ("int4_w4a16:g32", "w13_scale", lambda part: part.float()),
+        ("int8_w8a16:channel", "w2_scale", lambda part: part.float()),
+        ("fp8_w8a8:32x32ue8m0", "w2_scale", lambda part: part.view(torch.float8_e8m0fnu).float()),
+        ("fp8_w8a8:tensor", "w13_input_scale", lambda _: torch.ones(1)),
+        ("int8_w8a8:tensor", "w2_input_scale", lambda _: torch.ones(1)),
+        ("fp8_w8a8:channel", "w13", lambda part: part.view(torch.float8_e4m3fnuz)),
+        ("none", "w13_bias", lambda part: part.float()),
+        ("mxfp8", "w2_bias", lambda part: part.float()),
+        ("none", "topk_ids", lambda part: part.long()),
+    ],
+)
+def test_forms_that_compile_other_kernels(
+    quant: str, name: str, change: Callable[[Any], torch.Tensor], build: Callable[..., ModuleType]
+) -> None:
+    package = build(quant=(quant,), bias=True)
+    variant, arguments = package.runtime.package._variant, make_inputs(package.LAYERS[0], 1)
+    other = {**arguments, name: change(arguments.get(name))}
+    assert variant(call_of(package, other)) != variant(call_of(package, arguments))
+
+
+def test_both_types_of_e8m0_scales_run_the_same_kernels(build: Callable[..., ModuleType]) -> None:
+    package = build(quant=("mxfp4_w4a16",))
+    variant, arguments = package.runtime.package._variant, make_inputs(package.LAYERS[0], 1)
+    viewed = {name: arguments[name].view(torch.float8_e8m0fnu) for name in ("w13_scale", "w2_scale")}
+    assert variant(call_of(package, {**arguments, **viewed})) == variant(call_of(package, arguments))
