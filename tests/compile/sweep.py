@@ -34,7 +34,8 @@ PLAIN_CASES: dict[str, tuple[dict[str, Any], int]] = {
     "silu, clamped": ({"activation": Activation.of("silu", limit=10.0)}, LOW_LATENCY),
     "situ, clamped": ({"activation": Activation.of("situ", beta=4.0, limit=25.0)}, LOW_LATENCY),
     **{name: ({"activation": any_activation(name)}, LOW_LATENCY) for name in ACTIVATIONS if name != "silu"},
-    **{f"{name}, bias": ({"activation": name, "bias": True}, BOTH) for name in ("silu", "swigluoai", "relu2_no_mul")},
+    "silu, bias": ({"bias": True}, BOTH),
+    **{f"{name}, bias": ({"activation": name, "bias": True}, LOW_LATENCY) for name in ("swigluoai", "relu2_no_mul")},
 }
 # Every way to store weights; g64 and the ue8m0 form of blocks differ from their neighbours in numbers alone.
 SCHEMES = tuple(q for q in SMALL_SCHEMES if q not in ("int4_w4a16:g64", "fp8_w8a8:32x32"))

@@ -1,7 +1,6 @@
 """The parts of the benchmark that only a device can show: graphs, cold weights, ceilings, one whole cell."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,29 +9,12 @@ from moegen.bench.measure import Options, measure_cell
 from moegen.bench.peers import PACKAGE, Candidate
 from moegen.bench.roofline import measure_ceilings
 from moegen.bench.timing import CapturedCalls, time_graph, time_interleaved
-from moegen.runtime.activations import Activation
+from tests.support.fake_layer import FakeLayer
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or HIP device: times kernels"),
 ]
-SILU = Activation.of("silu")
-
-
-@dataclass(frozen=True)
-class FakeLayer:
-    """The attributes of an emitted package's layer."""
-
-    slug: str = "small"
-    num_experts: int = 4
-    local_experts: int = 4
-    top_k: int = 4
-    hidden_size: int = 1024
-    intermediate_size: int = 512
-    dtype: torch.dtype = torch.bfloat16
-    activation: Activation = SILU
-    bias: bool = False
-    quant: str = "none"
 
 
 def dense(
@@ -80,7 +62,13 @@ def test_a_cell_is_checked_and_timed(device: torch.device, tokens: int) -> None:
     candidates = [Candidate(PACKAGE, dense), Candidate("unwritten", unwritten), Candidate("twin", dense)]
     ceilings = measure_ceilings(torch.bfloat16, device)
     cell = measure_cell(
-        FakeLayer(), tokens, "balanced", candidates, ceilings, device=device, options=Options(replays=5)
+        FakeLayer(num_experts=4, local_experts=4, top_k=4, hidden_size=1024, intermediate_size=512),
+        tokens,
+        "balanced",
+        candidates,
+        ceilings,
+        device=device,
+        options=Options(replays=5),
     )
     assert [result.status for result in cell.results] == ["ok", "wrong", "ok"], cell.results
     assert cell.sizes is not None

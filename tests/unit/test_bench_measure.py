@@ -1,7 +1,6 @@
 """The gate before the clock, with the graphs replaced by plain calls: what needs a device is in tests/gpu."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -22,30 +21,13 @@ from moegen.bench.peers import PACKAGE, Candidate
 from moegen.bench.roofline import Ceilings
 from moegen.bench.timing import Timing, ratio, rotated
 from moegen.bench.workload import Layer, LayerCall, draw_log_popularity, draw_routing, draw_weights
-from moegen.runtime.activations import Activation
+from tests.support.fake_layer import FakeLayer
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings("bfloat16", 4e12, 8e14)
-SILU = Activation.of("silu")
 
 
-@dataclass(frozen=True)
-class FakeLayer:
-    """The attributes of an emitted package's layer."""
-
-    slug: str = "small"
-    num_experts: int = 8
-    local_experts: int = 8
-    top_k: int = 2
-    hidden_size: int = 64
-    intermediate_size: int = 32
-    dtype: torch.dtype = torch.bfloat16
-    activation: Activation = SILU
-    bias: bool = True
-    quant: str = "none"
-
-
-LAYER = FakeLayer()
+LAYER = FakeLayer(bias=True)
 
 
 def right(x: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
@@ -64,7 +46,7 @@ def one_call(tokens: int, quant: str = "none") -> LayerCall:
     source = torch.Generator().manual_seed(0)
     weights, ids = draw_routing(tokens, 2, draw_log_popularity(8, "balanced", source), source)
     hidden = torch.randn(tokens, 64, generator=source).to(torch.bfloat16)
-    return LayerCall(hidden, draw_weights(FakeLayer(quant=quant), source), weights, ids)
+    return LayerCall(hidden, draw_weights(FakeLayer(bias=True, quant=quant), source), weights, ids)
 
 
 class EagerCalls:
@@ -141,7 +123,7 @@ def test_an_output_that_only_the_replay_spoils_is_wrong() -> None:
 
 @pytest.mark.usefixtures("no_device")
 def test_a_layer_without_a_workload_is_a_row() -> None:
-    cell = run_cell(Candidate(PACKAGE, right), layer=FakeLayer(top_k=9))
+    cell = run_cell(Candidate(PACKAGE, right), layer=FakeLayer(bias=True, top_k=9))
     assert cell.result(PACKAGE).status == "error"
     assert "top_k: 9" in cell.result(PACKAGE).message
     assert cell.floor is None
@@ -150,7 +132,7 @@ def test_a_layer_without_a_workload_is_a_row() -> None:
 @pytest.mark.usefixtures("no_device")
 @pytest.mark.parametrize("quant", ["fp8_w8a8:tensor", "fp8_w8a8:32x32", "int8_w8a8", "int4_w4a16:g32z", "nvfp4_w4a16"])
 def test_quantised_layers_are_compared_in_their_own_scheme(quant: str) -> None:
-    layer = FakeLayer(quant=quant)
+    layer = FakeLayer(bias=True, quant=quant)
     seen: list[set[str]] = []
 
     def same(x: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
@@ -176,7 +158,7 @@ def test_tolerances() -> None:
 @pytest.mark.parametrize(("quant", "tokens"), [("fp8_w8a8:tensor", 300), ("fp8_w8a8:tensor_token", 64)])
 def test_a_scale_of_the_whole_tensor_needs_all_tokens(quant: str, tokens: int) -> None:
     """One huge value in a token that is not sampled coarsens all the others."""
-    layer, call = FakeLayer(quant=quant), one_call(300, quant)
+    layer, call = FakeLayer(bias=True, quant=quant), one_call(300, quant)
     call.hidden_states[1] *= 1000
     counts: list[int] = []
 
