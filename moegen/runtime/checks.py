@@ -5,7 +5,9 @@ from itertools import product
 
 import torch
 
+from .device import DeviceFacts
 from .layer import Call, Layer
+from .quant import Scheme
 from .weight import Weight
 
 
@@ -80,6 +82,15 @@ def check_call(
         )
     out = _check_out(out, layer, x)
     return layer, Call(x, w13, w2, topk_weights, topk_ids, expert_map, apply_router_weight_on_input, out)
+
+
+def check_device(scheme: Scheme, device: DeviceFacts) -> None:
+    """ValueError when kernels of `scheme` do not exist on `device`, instead of a message from inside the compiler."""
+    if scheme.uses_float8 and not device.has_float8:
+        raise ValueError(
+            f"hidden_states: {device.name} (compute capability {device.arch}) is not allowed with {scheme.name}; "
+            "allowed: 8.9 and newer, which have e4m3 values"
+        )
 
 
 def _check_tensors(**tensors: object) -> None:

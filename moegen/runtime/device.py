@@ -35,6 +35,11 @@ class DeviceFacts:
         return self.backend == "cuda" and int(self.arch) >= 90
 
     @property
+    def has_float8(self) -> bool:
+        """Whether Triton has e4m3 values there (compute capability 8.9 and newer; AMD)."""
+        return self.backend == "hip" or int(self.arch) >= 89
+
+    @property
     def has_wgmma(self) -> bool:
         """Whether tensor cores take operands from shared memory, 64 rows at a time (compute capability 9.0)."""
         return self.backend == "cuda" and self.arch == "90"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .checks import LayerIndex, check_call
+from .checks import LayerIndex, check_call, check_device
 from .configs import Configs
 from .device import DeviceFacts, device_facts
 from .layer import Call, Layer, launch_key, run
@@ -100,6 +100,7 @@ class Package:
         if key in self._seen:
             run(layer, call, tiles)
             return
+        check_device(layer.scheme, device)
         compiled = self._compiled_key(layer, call, tiles)
         if compiled not in self._compiled and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(

@@ -112,6 +112,11 @@ class Scheme:
         return self.mode == "nvfp4_w4a16"
 
     @property
+    def uses_float8(self) -> bool:
+        """Whether its kernels hold e4m3 values: weights, scales or activations."""
+        return "float8_e4m3fn" in (*self.row.weight, *self.row.scale) or self.row.activation in ("fp8", "mxfp8")
+
+    @property
     def weight_dtypes(self) -> tuple[str, ...]:
         """torch dtypes that the stored weights may have: int8_w8a16 is signed by row and biased by 128 by group."""
         if self.mode == "int8_w8a16":

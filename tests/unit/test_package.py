@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from moegen.device import TARGETS
+from moegen.runtime.checks import check_device
+from moegen.runtime.quant import Scheme
 from tests.support.packages import make_inputs, unnamed
 from tests.support.weights import SMALL_SCHEMES
 
@@ -66,3 +68,15 @@ def test_both_types_of_e8m0_scales_run_the_same_kernels(build: Callable[..., Mod
     variant, arguments = package.runtime.package._variant, make_inputs(package.LAYERS[0], 1)
     viewed = {name: arguments[name].view(torch.float8_e8m0fnu) for name in ("w13_scale", "w2_scale")}
     assert variant(call_of(package, {**arguments, **viewed})) == variant(call_of(package, arguments))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("quant", ["none", *SMALL_SCHEMES])
+def test_schemes_without_kernels_on_a_gpu_are_refused_by_name(quant: str, target: str) -> None:
+    scheme, device = Scheme.parse(quant), TARGETS[target]
+    holds_e4m3 = scheme.mode in ("fp8_w8a8", "mxfp4_w4a8", "nvfp4_w4a16", "mxfp8")
+    if holds_e4m3 and target in ("cuda:80", "cuda:86"):
+        with pytest.raises(ValueError, match=rf"compute capability 8\.?[06].*{scheme.mode}.*8\.9"):
+            check_device(scheme, device)
+    else:
+        check_device(scheme, device)
