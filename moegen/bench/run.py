@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from moegen.bench import DEFAULT_REPLAYS, DEFAULT_TOKENS, ROUTINGS
+from moegen.bench.check import SLACK, Recorded, read_recorded, regressions
 from moegen.bench.peers import PACKAGE, Candidate, PackageError, PeerError, load_package, load_peer, parse_peers
 from moegen.bench.report import Environment, Table, ceilings_line, csv_rows, json_document, write_csv
 
@@ -28,8 +29,8 @@ routings, so that at least 512 MB of weights pass between reuses (cold L2); medi
 Routing itself is outside; assignment, both GEMMs, activation and reduce are inside. Beside it the floor of the layer
 under the read bandwidth and the cuBLAS rate measured in the same run. A ratio above 1 means that the package is faster.
 
-exit codes: {EXIT_OK} done, {EXIT_FAILED} the package failed or was wrong in some cell, {EXIT_USAGE} usage,
-{EXIT_PACKAGE} invalid package, {EXIT_DEVICE} no device"""
+exit codes: {EXIT_OK} done, {EXIT_FAILED} the package failed, was wrong or (--check) got slower in some cell,
+{EXIT_USAGE} usage, {EXIT_PACKAGE} invalid package, {EXIT_DEVICE} no device"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE.py:function[=label]",
         help="a callable with the arguments of fused_experts to time beside the package; may be repeated",
+    )
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help=f"time the cells of an earlier --csv; fail if one lost over {SLACK:.0%}% of its fraction of the floor",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document with all samples, not the table")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write one row per cell and provider")
@@ -87,13 +94,14 @@ def main(args: argparse.Namespace) -> int:
 
         if not torch.cuda.is_available():
             return _fail("no CUDA or HIP device: the benchmark needs one", EXIT_DEVICE)
+        recorded = _recorded(args, layers)
         candidates = [Candidate(PACKAGE, package.fused_experts), *map(load_peer, peers)]
     except PackageError as error:
         return _fail(str(error), EXIT_PACKAGE)
     except (PeerError, ValueError) as error:
         return _fail(str(error), EXIT_USAGE)
     with torch.inference_mode():
-        return _bench(args, layers, candidates)
+        return _bench(args, layers, candidates, recorded)
 
 
 def select_layers(package: ModuleType, slug: str | None) -> list["Layer"]:
@@ -110,13 +118,30 @@ def command_line(args: argparse.Namespace) -> str:
     words = ["moegen", "bench", str(args.package), "--tokens", ",".join(map(str, args.tokens))]
     words += ["--routing", args.routing, "--replays", str(args.replays), "--seed", str(args.seed)]
     words += ["--layer", args.layer] if args.layer else []
+    words += ["--check", str(args.check)] if args.check else []
     for peer in args.peer:
         words += ["--peer", peer]
     return shlex.join(words)
 
 
-def _bench(args: argparse.Namespace, layers: Sequence["Layer"], candidates: Sequence[Candidate]) -> int:
-    """Measure all cells, show them as they come, write what was asked for."""
+def _recorded(args: argparse.Namespace, layers: Sequence["Layer"]) -> Recorded:
+    """What --check compares with, cut down to the layers of the package; empty without --check."""
+    if args.check is None:
+        return {}
+    import torch
+
+    known = read_recorded(args.check, torch.cuda.get_device_name(), args.routing)
+    slugs = {layer.slug for layer in layers}
+    recorded = {cell: fraction for cell, fraction in known.items() if cell[0] in slugs}
+    if not recorded:
+        raise ValueError(f"--check {args.check}: holds none of the layers {', '.join(sorted(slugs))}")
+    return recorded
+
+
+def _bench(
+    args: argparse.Namespace, layers: Sequence["Layer"], candidates: Sequence[Candidate], recorded: Recorded
+) -> int:
+    """Measure all cells, show them as they come, write what was asked for, compare with what is recorded."""
     import torch
 
     from moegen.bench.measure import Options
@@ -135,18 +160,24 @@ def _bench(args: argparse.Namespace, layers: Sequence["Layer"], candidates: Sequ
     ceilings: dict[torch.dtype, Ceilings] = {}
     cells: list[Cell] = []
     for layer in layers:
-        cells += _bench_layer(args, layer, candidates, ceilings, options, device, show)
+        tokens = sorted(count for slug, count in recorded if slug == layer.slug) if recorded else args.tokens
+        cells += _bench_layer(args.routing, tokens, layer, candidates, ceilings, options, device, show)
     if args.json:
         settings = {"replays": options.replays, "seed": options.seed, "alpha": options.alpha}
         document = json_document(environment, list(ceilings.values()), cells, settings)
         sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
     if args.csv is not None:
         write_csv(args.csv, csv_rows(environment, cells))
-    return EXIT_OK if all(cell.result(PACKAGE).status == "ok" for cell in cells) else EXIT_FAILED
+    slower = regressions(cells, recorded)
+    for line in slower:
+        sys.stderr.write(f"moegen bench: slower than recorded: {line}\n")
+    failed = slower or any(cell.result(PACKAGE).status != "ok" for cell in cells)
+    return EXIT_FAILED if failed else EXIT_OK
 
 
 def _bench_layer(
-    args: argparse.Namespace,
+    routing: str,
+    tokens_list: Sequence[int],
     layer: "Layer",
     candidates: Sequence[Candidate],
     ceilings: dict["torch.dtype", "Ceilings"],
@@ -163,10 +194,10 @@ def _bench_layer(
         ceilings[operands] = measure_ceilings(operands, device)
         show(ceilings_line(ceilings[operands]))
     table = Table([candidate.name for candidate in candidates])
-    show("\n" + table.head(layer.slug, dtype_name(layer.dtype), args.routing))
+    show("\n" + table.head(layer.slug, dtype_name(layer.dtype), routing))
     cells = []
-    for tokens in args.tokens:
-        cell = measure_cell(layer, tokens, args.routing, candidates, ceilings[operands], device=device, options=options)
+    for tokens in tokens_list:
+        cell = measure_cell(layer, tokens, routing, candidates, ceilings[operands], device=device, options=options)
         show(table.row(cell))
         cells.append(cell)
     return cells
