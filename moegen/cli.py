@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 internal error, 2 usage, 3 invalid spec or package, 4 no dev
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
@@ -28,7 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code."""
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `moegen list | head`: the reader has seen enough, and the exit would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (SpecError, PackageError, EmitError, RenderError) as error:
         print(f"moegen {args.command}: {error}", file=sys.stderr)
         return EXIT_INVALID
@@ -162,7 +168,7 @@ def _released(model: str | None) -> tuple[str, ...]:
 
 
 def _print_plan(plan: Plan, folder: Path) -> None:
-    print(f"{plan.spec.name}: {len(plan.layers)} layers in {folder}")
+    print(f"{plan.spec.name}: {len(plan.layers)} layer{'s' * (len(plan.layers) > 1)} in {folder}")
     for item in plan.layers:
         v = item.variant
         shapes = [list(v.scheme.weight_shape(*shape)) for shape in (v.w13_shape, v.w2_shape)]

@@ -287,3 +287,10 @@ def test_module_runs_as_a_command(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert done.stderr.startswith("moegen build: model: 'absent' is unknown")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_stops_early_gets_no_traceback() -> None:
+    command = f"{sys.executable} -m moegen list --json | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)  # noqa: S602
+    assert done.stdout.strip() == "{"
+    assert done.stderr == ""
