@@ -27,10 +27,10 @@ import torch
 from torch.nn import functional
 
 from moegen.runtime.quant import E8M0, Scheme
-from moegen.runtime.weight import Weight
+from moegen.runtime.weight import FP8_MAX, INT8_MAX, Weight, ceil_log2
+from moegen.runtime.weight import named_tensors as named_tensors  # part of this module's interface
 
 CHUNK = 2**24  # values that are quantised at once: the work takes up to 28 bytes of memory for each
-FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0}
 E2M1_MAX, E2M1_MAX_EXPONENT = 6.0, 2
 # Between the e2m1 magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6. A tie goes to the even code: down, up, down, up, …
 _E2M1_TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -79,13 +79,6 @@ def layer_tensors(
     first = quantize(w13, scheme, dtype=dtype, scale_dtype=scale_dtype)
     second = quantize(w2, scheme, dtype=dtype, scale_dtype=scale_dtype)
     return named_tensors("w13", first) | named_tensors("w2", second)
-
-
-def named_tensors(name: str, weight: Weight) -> dict[str, torch.Tensor]:
-    """What there is of a weight under the argument names of fused_experts: `w13`, `w13_scale`, `w13_zeros`, …"""
-    parts = ("scale", "zeros", "global_scale", "input_scale", "bias")
-    found = {f"{name}_{part}": getattr(weight, part) for part in parts}
-    return {name: weight.values} | {key: value for key, value in found.items() if value is not None}
 
 
 def stored_dtypes(
@@ -145,11 +138,11 @@ def _quantize_part(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, sca
 
 def _symmetric(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, scale_dtype: torch.dtype) -> Weight:
     """Signed values without a zero point: fp8 and int8."""
-    largest = FP8_MAX.get(dtype, 127.0)
+    largest = FP8_MAX.get(dtype, INT8_MAX)
     groups = _grouped(weight, scheme)
     step = groups.abs().amax((2, 4)) / largest
     if scheme.ue8m0 or scheme.mode == "mxfp8":
-        stored, step = _power_of_two(_ceil_log2(step), scale_dtype)
+        stored, step = _power_of_two(torch.where(step == 0, 0, ceil_log2(step)), scale_dtype)
     else:
         stored, step = _rounded_scale(step, scale_dtype)
     scaled = (groups / _spread(step)).clamp_(-largest, largest)
@@ -238,12 +231,6 @@ def _rounded_scale(step: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor
     """(the scale as stored in a floating `dtype`, what it is worth in float32); never zero, never infinite."""
     worth = _ones_for_zeros(step.clamp(max=torch.finfo(dtype).max).to(dtype).float())
     return worth.to(dtype), worth
-
-
-def _ceil_log2(step: torch.Tensor) -> torch.Tensor:
-    """ceil(log2 step) in int32, exact; 0 for a step of 0."""
-    mantissa, exponent = torch.frexp(step)  # step = mantissa * 2 ** exponent, mantissa in [1/2, 1)
-    return torch.where(step == 0, 0, exponent - (mantissa == 0.5).int())
 
 
 def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

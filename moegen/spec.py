@@ -35,9 +35,8 @@ def _refused(path: str, value: object, allowed: str) -> SpecError:
 
 def _check_sizes(num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> None:
     _check_int("num_experts", num_experts, MAX_EXPERTS)
-    if num_experts <= MAX_TOP_K:
-        _check_int("top_k", top_k, num_experts, "num_experts")
-    _check_int("top_k", top_k, MAX_TOP_K)
+    most, name = (num_experts, "num_experts") if num_experts <= MAX_TOP_K else (MAX_TOP_K, "")
+    _check_int("top_k", top_k, most, name)
     _check_int("hidden_size", hidden_size)
     _check_int("intermediate_size", intermediate_size)
 

@@ -29,7 +29,7 @@ class LayerIndex:
         """The layer of these arguments; `mapped` is the length of the expert_map, if any."""
         shapes = (tuple(w13.values.shape), tuple(w2.values.shape), topk_ids.shape[-1] if topk_ids.dim() else 0)
         found = self._known.get((hidden_states.dtype, w13.values.dtype, *shapes, mapped), [])
-        for layer in found:
+        for layer in found if len(found) > 1 else []:  # one alone needs no telling apart, only the checks that follow
             if _extras_fit(layer, w13, layer.w13_shape) and _extras_fit(layer, w2, layer.w2_shape):
                 return layer
         return found[0] if found else None
@@ -195,12 +195,11 @@ def _check_weight(name: str, weight: Weight, layer: Layer, shape: tuple[int, int
     if scale is not None and expected is not None:
         _check_tensors(**{f"{name}_scale": scale})
         scale = _squeezed(scale, expected)
-    _check_extra(f"{name}_scale", scale, _scale_dtypes(layer), expected, scheme.words(names), like)
+    _check_extra(f"{name}_scale", scale, _scale_dtypes(layer), expected, lambda: scheme.words(names), like)
     zeros = scheme.zeros_shape(*shape)
-    words = scheme.zeros_words(names) if zeros else ""
-    _check_extra(f"{name}_zeros", weight.zeros, (torch.uint8,), zeros, words, like)
+    _check_extra(f"{name}_zeros", weight.zeros, (torch.uint8,), zeros, lambda: scheme.zeros_words(names), like)
     per_expert = (experts,) if scheme.has_global_scale else None
-    _check_extra(f"{name}_global_scale", weight.global_scale, (torch.float32,), per_expert, "[E]", like)
+    _check_extra(f"{name}_global_scale", weight.global_scale, (torch.float32,), per_expert, lambda: "[E]", like)
     given = weight.input_scale
     if given is not None:
         _check_tensors(**{f"{name}_input_scale": given})
@@ -209,7 +208,9 @@ def _check_weight(name: str, weight: Weight, layer: Layer, shape: tuple[int, int
         given = given.reshape(-1)
         _check(f"{name}_input_scale", given, torch.float32, (1,), like)
     bias_shape = (experts, rows) if layer.bias else None
-    _check_extra(f"{name}_bias", weight.bias, (layer.dtype, torch.float32), bias_shape, f"[E, {names[0]}]", like)
+    _check_extra(
+        f"{name}_bias", weight.bias, (layer.dtype, torch.float32), bias_shape, lambda: f"[E, {names[0]}]", like
+    )
     return Weight(weight.values, scale, weight.zeros, weight.global_scale, given, weight.bias)
 
 
@@ -218,20 +219,20 @@ def _check_extra(
     value: torch.Tensor | None,
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int, ...] | None,
-    words: str,
+    words: Callable[[], str],
     like: torch.Tensor,
 ) -> None:
-    """A tensor that the layer needs (shape is given) or must not get (shape is None)."""
+    """A tensor that the layer needs (shape is given) or must not get (None); `words` are for messages alone."""
     if shape is None:
         if value is not None:
             raise ValueError(f"{name}: given, but this package is built without; allowed: None")
         return
-    expected = f"{words} = {list(shape)}, {' or '.join(map(str, dtypes))}, contiguous"
-    if value is None:
-        raise ValueError(f"{name}: missing; expected {expected}")
-    _check_tensors(**{name: value})
-    if value.shape != shape:
-        raise ValueError(f"{name}: shape {list(value.shape)} is not allowed; expected {expected}")
+    if value is not None:
+        _check_tensors(**{name: value})
+    if value is None or value.shape != shape:
+        given = "missing" if value is None else f"shape {list(value.shape)} is not allowed"
+        dtypes_named = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: {given}; expected {words()} = {list(shape)}, {dtypes_named}, contiguous")
     _check(name, value, dtypes, shape, like, contiguous=True)
 
 

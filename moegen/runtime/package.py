@@ -12,10 +12,11 @@ from .device import DeviceFacts, device_facts
 from .layer import Call, Layer, launch_key, run
 from .reference import moe_reference
 from .tile import LayerTiles
-from .weight import Weight
+from .weight import PARTS, Weight, named_tensors
 
-_PARTS = ("", "_scale", "_zeros", "_global_scale", "_input_scale", "_bias")  # in the order of Weight's fields
-_WEIGHT_ARGUMENTS = ", ".join(f"Tensor{'?' if part else ''} {w}{part}" for w in ("w13", "w2") for part in _PARTS)
+_WEIGHT_ARGUMENTS = ", ".join(
+    f"Tensor {w}, " + ", ".join(f"Tensor? {w}_{part}" for part in PARTS) for w in ("w13", "w2")
+)
 OP_SCHEMA = (
     f"fused_experts(Tensor hidden_states, {_WEIGHT_ARGUMENTS}, Tensor topk_weights, Tensor topk_ids, "
     "Tensor? expert_map, int global_num_experts, bool apply_router_weight_on_input) -> Tensor"
@@ -70,7 +71,7 @@ class Package:
 
     def run_op(self, hidden_states: torch.Tensor, *rest: Any) -> torch.Tensor:  # noqa: ANN401 - OP_SCHEMA has the types
         """`fused_experts` with the flat arguments of OP_SCHEMA."""
-        count = len(_PARTS)
+        count = 1 + len(PARTS)
         w13, w2 = Weight(*rest[:count]), Weight(*rest[count : 2 * count])
         return self.fused_experts(hidden_states, w13, w2, *rest[2 * count :])
 
@@ -176,20 +177,17 @@ def _kind(part: torch.Tensor | None) -> torch.dtype | None:
 
 
 def _run_reference(layer: Layer, call: Call) -> None:
-    pairs = (("w13", call.w13), ("w2", call.w2))
-    extras = {f"{name}{part}": getattr(w, part[1:]) for name, w in pairs for part in _PARTS if part}
     result = moe_reference(
-        call.hidden_states,
-        call.w13.values,
-        call.w2.values,
-        call.topk_weights,
-        call.topk_ids,
-        layer.activation,
+        hidden_states=call.hidden_states,
+        topk_weights=call.topk_weights,
+        topk_ids=call.topk_ids,
+        activation=layer.activation,
         scheme=layer.scheme,
         expert_map=call.expert_map,
         apply_router_weight_on_input=call.apply_router_weight_on_input,
         compute_dtype=torch.float32,
-        **extras,
+        **named_tensors("w13", call.w13),
+        **named_tensors("w2", call.w2),
     )
     call.out.copy_(result)
 

@@ -12,9 +12,8 @@ import triton.language as tl
 from .kernel_parts import pdl_begin, pdl_option
 from .quant import Scheme
 from .reduce import is_live
+from .weight import FP8_MAX, INT8_MAX
 
-FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0}
-INT8_MAX = 127.0
 _TENSOR_PROGRAMS = 512  # partial maxima of a whole-tensor scale; every program of the second launch reads them all
 _TENSOR_BLOCK = 4096
 

@@ -180,20 +180,18 @@ def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
     if not device.has_wgmma:
         depth = deep if gemm.is_w8a8 else 128 if big else 64
         return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
-    if (
-        gemm.w_bits < gemm.a_bits and not gemm.zero_points
-    ):  # decoding is arithmetic: many warps, each with its own weights
-        few = lone_slots * gemm.rows <= 32 * 4 * device.num_sms
+    if gemm.w_bits < gemm.a_bits and not gemm.zero_points:
+        # Decoding is arithmetic: many warps, each with weights of its own.
         if lone_slots:
+            few = lone_slots * gemm.rows <= 32 * 4 * device.num_sms
             return TileConfig(16, 32 if few else 64, 128, 1, num_warps=4, num_stages=3)
         return TileConfig(block_m, 128, 128, 1, SWAP_AB=True, num_warps=4, num_stages=3)
     if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
         # More programs than two a multiprocessor: small tiles let many of them share one.
         return TileConfig(16, 64, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
     depth = deep if gemm.is_w8a8 else 128
-    return TileConfig(
-        block_m, 64, depth, 1, SWAP_AB=True, num_warps=4, num_stages=4 if lone_slots or gemm.depth >= 4096 else 3
-    )
+    stages = 4 if lone_slots or gemm.depth >= 4096 else 3
+    return TileConfig(block_m, 64, depth, 1, SWAP_AB=True, num_warps=4, num_stages=stages)
 
 
 def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001

@@ -7,6 +7,10 @@ import torch
 
 from .quant import Scheme
 
+FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0}
+INT8_MAX = 127.0
+# What may belong to a weight besides its values, in the order of Weight's fields.
+PARTS = ("scale", "zeros", "global_scale", "input_scale", "bias")
 # OCP MX e2m1: sign, two exponent bits, one mantissa bit
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -33,8 +37,13 @@ class Weight:
     @classmethod
     def of(cls, name: str, values: torch.Tensor, named: Mapping[str, torch.Tensor | None]) -> "Weight":
         """Collect `w13_scale`, `w13_bias` and so on for the name "w13"."""
-        parts = ("scale", "zeros", "global_scale", "input_scale", "bias")
-        return cls(values, *(named.get(f"{name}_{part}") for part in parts))
+        return cls(values, *(named.get(f"{name}_{part}") for part in PARTS))
+
+
+def named_tensors(name: str, weight: Weight) -> dict[str, torch.Tensor]:
+    """What there is of a weight under the argument names of fused_experts: `w13`, `w13_scale`, `w13_zeros`, …"""
+    found = {f"{name}_{part}": getattr(weight, part) for part in PARTS}
+    return {name: weight.values} | {key: value for key, value in found.items() if value is not None}
 
 
 def decode_e8m0(scale: torch.Tensor) -> torch.Tensor:
@@ -86,6 +95,12 @@ def dequantise(weight: Weight, scheme: Scheme, expert: int, depth: int) -> torch
     return values if weight.global_scale is None else values * weight.global_scale[expert].double()
 
 
+def ceil_log2(step: torch.Tensor) -> torch.Tensor:
+    """ceil(log2 step) in int32, exact for every positive float."""
+    mantissa, exponent = torch.frexp(step)  # step = mantissa * 2 ** exponent, 0.5 <= mantissa < 1
+    return exponent - (mantissa == 0.5).int()
+
+
 def round_activations(
     x: torch.Tensor, scheme: Scheme, stored: torch.dtype, static_scale: torch.Tensor | None
 ) -> torch.Tensor:
@@ -97,7 +112,8 @@ def round_activations(
     if kind is None or x.numel() == 0:
         return x
     rows, depth = x.shape
-    largest = 127.0 if kind == "int8" else 240.0 if stored == torch.float8_e4m3fnuz else 448.0
+    target = stored if kind == "fp8" else torch.float8_e4m3fn
+    largest = INT8_MAX if kind == "int8" else FP8_MAX[target]
     group = 32 if kind == "mxfp8" else scheme.group_k or depth
     padded = torch.nn.functional.pad(x, (0, -depth % group)).reshape(rows, -1, group)
     if static_scale is not None:
@@ -107,12 +123,7 @@ def round_activations(
         by_token = scheme.kind in ("channel", "tensor_token") and kind == "fp8"
         step = amax.clamp(min=1 / 512 if by_token else 1e-10) / largest
         if scheme.ue8m0 or kind == "mxfp8":
-            mantissa, exponent = torch.frexp(step)  # step = mantissa * 2 ** exponent, 0.5 <= mantissa < 1
-            step = torch.exp2((exponent - (mantissa == 0.5).int()).to(x.dtype))
+            step = torch.exp2(ceil_log2(step).to(x.dtype))
     scaled = (padded / step).clamp(-largest, largest)
-    if kind == "int8":
-        rounded = torch.floor(scaled + 0.5)
-    else:
-        target = stored if kind == "fp8" else torch.float8_e4m3fn
-        rounded = scaled.float().to(target).to(x.dtype)
+    rounded = torch.floor(scaled + 0.5) if kind == "int8" else scaled.float().to(target).to(x.dtype)
     return (rounded * step).reshape(rows, -1)[:, :depth]

@@ -200,7 +200,7 @@ def test_expected_shape_in_words_and_numbers_of_a_real_layer(build: Callable[...
     given, like = torch.ones(256, 32, 57), torch.zeros(1, 7168, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"w13_scale: ") as caught:
         package.runtime.checks._check_extra(
-            "w13_scale", given, (torch.float32,), scheme.scale_shape(*shape), scheme.words(("2I", "H")), like
+            "w13_scale", given, (torch.float32,), scheme.scale_shape(*shape), lambda: scheme.words(("2I", "H")), like
         )
     assert str(caught.value) == (
         "w13_scale: shape [256, 32, 57] is not allowed; expected [E, ceil(2I/128), ceil(H/128)] = [256, 32, 56], "
