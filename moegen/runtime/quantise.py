@@ -1,6 +1,8 @@
 """Dynamic and static quantisation of activations, one launch (two for a dynamic scale of the whole tensor).
 
 Formulas are those of vLLM's quantisers, except that int8 rounds to nearest everywhere (vLLM truncates int8 groups).
+Quotients are correctly rounded: those of 16-bit values often lie half-way between two 8-bit ones, where the usual
+approximation decides by its own error, and results would depend on the compiler.
 """
 
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from .quant import Scheme
 from .reduce import is_live
 from .weight import FP8_MAX, INT8_MAX
 
+_PROGRAM_VALUES = 2048  # 16 a thread of four warps: two 16-byte loads of 16-bit values are in flight
 _TENSOR_PROGRAMS = 512  # partial maxima of a whole-tensor scale; every program of the second launch reads them all
 _TENSOR_BLOCK = 4096
 
@@ -63,12 +66,12 @@ def quantise(
     groups = triton.cdiv(depth, group)
     scale = x.new_empty((rows, groups), dtype=torch.float32)
     group_block = triton.next_power_of_2(group)
-    per_program = max(1, min(triton.next_power_of_2(groups), 2048 // group_block))
-    _quantise_groups[(rows, triton.cdiv(groups, per_program))](
-        x, values, scale, *routing, depth, x.stride(0), groups,
-        LARGEST=largest, GROUP=group, GROUP_BLOCK=group_block, GROUPS=per_program,
+    per_program = max(1, _PROGRAM_VALUES // group_block)
+    _quantise_groups[(triton.cdiv(rows * groups, per_program),)](
+        x, values, scale, *routing, rows, x.stride(0),
+        LARGEST=largest, DEPTH=depth, GROUP=group, GROUP_BLOCK=group_block, GROUPS=per_program,
         LEAST=_least(scheme, largest), UE8M0=scheme.ue8m0 or fake, FAKE=fake, PDL=pdl,
-        num_warps=max(1, min(8, per_program * group_block // 512)), **pdl_option(pdl),
+        num_warps=max(4, min(8, group_block // 512)), **pdl_option(pdl),
     )  # fmt: skip
     return Activations(values, None if fake else scale)
 
@@ -110,6 +113,14 @@ def _is_live(topk_ids, expert_map, num_experts, num_local, row):
 
 
 @triton.jit
+def _divide(values, step):
+    """values / step, correctly rounded, for one division a step instead of one a value (Markstein's algorithm)."""
+    inverse = tl.div_rn(1.0, step)
+    quotient = values * inverse
+    return tl.fma(tl.fma(-quotient, step, values), inverse, quotient)
+
+
+@triton.jit
 def _store_quantised(pointers, values, mask, LARGEST: tl.constexpr):
     """Clamp, round to nearest and store values that are already divided by their scale."""
     values = tl.clamp(values, -LARGEST, LARGEST)
@@ -118,7 +129,7 @@ def _store_quantised(pointers, values, mask, LARGEST: tl.constexpr):
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_local"])
+@triton.jit(do_not_specialize=["num_experts", "num_local", "rows"])
 def _quantise_groups(
     x,
     out,
@@ -127,10 +138,10 @@ def _quantise_groups(
     expert_map,
     num_experts,
     num_local,
-    depth,
+    rows,
     stride,
-    groups,
     LARGEST: tl.constexpr,
+    DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -139,26 +150,31 @@ def _quantise_groups(
     FAKE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (row, block of GROUPS groups): one scale a group of GROUP values."""
+    """Program p: GROUPS groups of the rows' groups in one sequence, so that short rows fill a program too."""
     pdl_begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    if not _is_live(topk_ids, expert_map, num_experts, num_local, row):
-        return
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    ROW_GROUPS: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
+    index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    row = index // ROW_GROUPS
+    live = row < rows
+    if topk_ids is not None:
+        live &= is_live(tl.load(topk_ids + row, mask=live, other=-1), expert_map, num_experts, num_local)
     lane = tl.arange(0, GROUP_BLOCK)
-    column = group[:, None] * GROUP + lane[None, :]
-    inside = (lane < GROUP)[None, :] & (column < depth)
-    values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    step = tl.maximum(tl.max(tl.abs(values), 1), LEAST) / LARGEST
+    column = (index % ROW_GROUPS * GROUP)[:, None] + lane[None, :]
+    inside = live[:, None] & (lane < GROUP)[None, :] & (column < DEPTH)
+    row = row.to(tl.int64)
+    values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    step = tl.div_rn(tl.maximum(tl.max(tl.abs(values), 1), LEAST), LARGEST)
     if UE8M0:  # up to the next power of two: add all mantissa bits, then cut them off
         bits = step.to(tl.int32, bitcast=True) + 0x7FFFFF
         step = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    scaled = _divide(values, step[:, None])
+    stored = out + (row * DEPTH)[:, None] + column
     if FAKE:
-        rounded = tl.clamp(values / step[:, None], -LARGEST, LARGEST).to(tl.float8e4nv).to(tl.float32)
-        tl.store(out + row * depth + column, (rounded * step[:, None]).to(out.dtype.element_ty), mask=inside)
+        rounded = tl.clamp(scaled, -LARGEST, LARGEST).to(tl.float8e4nv).to(tl.float32)
+        tl.store(stored, (rounded * step[:, None]).to(out.dtype.element_ty), mask=inside)
     else:
-        tl.store(scale + row * groups + group, step, mask=group < groups)
-        _store_quantised(out + row * depth + column, values / step[:, None], inside, LARGEST)
+        tl.store(scale + index, step, mask=live)
+        _store_quantised(stored, scaled, inside, LARGEST)
 
 
 @triton.jit(do_not_specialize=["num_experts", "num_local", "rows"])
@@ -212,11 +228,11 @@ def _quantise_tensor(
     if partial is None:
         step = tl.load(scale)
     else:
-        step = tl.maximum(tl.max(tl.load(partial + tl.arange(0, PARTIALS)), 0) / LARGEST, 1e-10)
+        step = tl.maximum(tl.div_rn(tl.max(tl.load(partial + tl.arange(0, PARTIALS)), 0), LARGEST), 1e-10)
         if (row == 0) & (tl.program_id(1) == 0):
             tl.store(scale, step)
     if not _is_live(topk_ids, expert_map, num_experts, num_local, row):
         return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + row * stride + column, mask=column < depth, other=0.0).to(tl.float32)
-    _store_quantised(out + row * depth + column, values / step, column < depth, LARGEST)
+    _store_quantised(out + row * depth + column, _divide(values, step), column < depth, LARGEST)

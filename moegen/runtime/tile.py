@@ -157,6 +157,10 @@ def default_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, lo
     return LayerTiles(*(_fitted(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)))
 
 
+# Of the low-latency assignment all slots walk together, so that those of one expert read its weights from L2.
+_ALL_SLOTS = 128
+
+
 def _block_m(slots: int, num_experts: int) -> int:
     """Twice the mean slots per active expert, rounded up to a power of two within 16..128."""
     mean = slots / min(slots, num_experts)
@@ -184,14 +188,15 @@ def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
         # Decoding is arithmetic: many warps, each with weights of its own.
         if lone_slots:
             few = lone_slots * gemm.rows <= 32 * 4 * device.num_sms
-            return TileConfig(16, 32 if few else 64, 128, 1, num_warps=4, num_stages=3)
+            return TileConfig(16, 32 if few else 64, 128, _ALL_SLOTS, num_warps=4, num_stages=3)
         return TileConfig(block_m, 128, 128, 1, SWAP_AB=True, num_warps=4, num_stages=3)
     if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
         # More programs than two a multiprocessor: small tiles let many of them share one.
-        return TileConfig(16, 64, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+        return TileConfig(16, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=3)
     depth = deep if gemm.is_w8a8 else 128
     stages = 4 if lone_slots or gemm.depth >= 4096 else 3
-    return TileConfig(block_m, 64, depth, 1, SWAP_AB=True, num_warps=4, num_stages=stages)
+    group = _ALL_SLOTS if lone_slots else 1
+    return TileConfig(block_m, 64, depth, group, SWAP_AB=True, num_warps=4, num_stages=stages)
 
 
 def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001

@@ -12,6 +12,7 @@ from moegen.runtime.activations import ACTIVATIONS
 from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal
 from moegen.spec import Parallel
 from tests.support.packages import TOLERANCE, make_inputs, oracle, poisoned, relative_error, unnamed
+from tests.support.staged import quantisations, staged_oracle
 from tests.support.weights import SMALL_SCHEMES
 
 Build = Callable[..., ModuleType]
@@ -50,8 +51,14 @@ def run(
 
 def check(package: ModuleType, arguments: dict[str, Any], **options: Any) -> torch.Tensor:
     layer = package.LAYERS[0]
-    result = run(package, arguments, **options)
-    expected = oracle(layer, arguments, apply_router_weight_on_input=options.get("on_input", False))
+    on_input = options.get("on_input", False)
+    with quantisations(package) as seen:
+        result = run(package, arguments, **options)
+    if layer.scheme.row.activation is not None and not on_input:
+        hidden, wanted, staged = staged_oracle(package, arguments, seen)
+        for found, exact in ((hidden, wanted), (result, staged)):
+            assert relative_error(found, exact) < TOLERANCE[layer.dtype]
+    expected = oracle(layer, arguments, apply_router_weight_on_input=on_input)
     limit = TOLERANCE[layer.dtype] if layer.scheme.row.activation is None else ROUNDED_TWICE
     error = relative_error(result, expected)
     assert error < limit, f"{layer.slug} {list(arguments['hidden_states'].shape)} {options}: {error:.5f}"

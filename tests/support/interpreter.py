@@ -142,6 +142,9 @@ def _repair_elementwise() -> None:
         return _rounded_to_bf16(operation(_widened(first).data, _widened(second).data, _widened(third).data))
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if x.dtype.scalar == tl.float32:  # rounded once, as hardware does: the product is exact in float64
+            wide = x.data.astype(np.float64) * y.data + z.data
+            return interpreter.TensorHandle(wide.astype(np.float32), tl.float32)
         if not _all_bf16(x, y, z):
             return stock_fma(self, x, y, z)
         return _rounded_to_bf16(stock_fma(self, _widened(x), _widened(y), _widened(z)).data)
