@@ -38,6 +38,8 @@ Build = Callable[..., ModuleType]
 
 # Largest relative error of a GEMM's result in the norm: its own rounding, and that of the activations' type.
 RELATIVE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# That of Hopper's fp8 tensor cores, which keep about 14 bits of a sum: 2.2e-3 at K = 4096, more than float16 rounds.
+FP8_SUMS = 5e-3
 
 
 @pytest.fixture(autouse=True)
@@ -123,8 +125,9 @@ def check(package: ModuleType, arguments: dict[str, Any], atol: float, rtol: flo
         relative = relative_error(out, expected)
         assert relative <= atol, f"{case}: relative error {relative:.4g}, allowed {atol}"
         hidden, wanted, staged = staged_oracle(package, arguments, seen)
-        close(hidden, wanted, atol, rtol, RELATIVE[layer.dtype], f"{case}, gemm1")
-        close(out, staged, atol, rtol, RELATIVE[layer.dtype], f"{case}, gemm2")
+        norm = max(RELATIVE[layer.dtype], FP8_SUMS if layer.quant.startswith("fp8") else 0.0)
+        close(hidden, wanted, atol, rtol, norm, f"{case}, gemm1")
+        close(out, staged, atol, rtol, norm, f"{case}, gemm2")
     if graph:
         static = torch.full_like(out, float("nan"))
         captured = torch.cuda.CUDAGraph()
@@ -359,6 +362,10 @@ def depth_error(make: Build, depth: int, t: int, positive: bool) -> float:
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("t", [1, 64, 1024])
 def test_block_fp8_is_as_accurate_over_a_long_reduction(make: Build, t: int, positive: bool) -> None:
-    """Every K group is added in float32: at K = 16384 the error is at most 1.5 times that at K = 2048."""
+    """Every K group is added in float32: at K = 16384 the error is at most 1.5 times that at K = 2048.
+
+    Below 1e-6 it is that of float32 sums themselves, where tiles are too small for the fp8 tensor cores.
+    """
     short, long = (depth_error(make, depth, t, positive) for depth in (2048, 16384))
-    assert long <= 1.5 * short, f"{t} tokens: relative error {long:.3g} at K = 16384, {short:.3g} at K = 2048"
+    case = f"{t} tokens: relative error {long:.3g} at K = 16384, {short:.3g} at K = 2048"
+    assert long <= max(1.5 * short, 1e-6), case
