@@ -167,7 +167,14 @@ def _variant(call: Call) -> tuple[object, ...]:
     """What of a call, besides the token count, selects other compiled kernels."""
     weights = [part for w in (call.w13, call.w2) for part in (_kind(w.values), _kind(w.scale), _kind(w.bias))]
     static = (call.w13.input_scale is None, call.w2.input_scale is None)
-    return (call.expert_map is None, call.topk_ids.dtype, call.apply_router_weight_on_input, *weights, *static)
+    aligned = [_alignment(t) for t in (call.hidden_states, call.w13.values, call.w2.values, call.out)]
+    routing = (call.expert_map is None, call.topk_ids.dtype, call.apply_router_weight_on_input)
+    return (*routing, *weights, *static, *aligned)
+
+
+def _alignment(tensor: torch.Tensor) -> tuple[bool, ...]:
+    """Triton compiles other code, with narrower loads, where an address or a stride is not a multiple of 16."""
+    return (tensor.data_ptr() % 16 == 0, *(stride % 16 == 0 for stride in tensor.stride()[:-1]))
 
 
 def _kind(part: torch.Tensor | None) -> torch.dtype | None:

@@ -147,7 +147,9 @@ def _store_quantised(pointers, values, mask, LARGEST: tl.constexpr):
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_local", "rows"])
+@triton.jit(
+    do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
+)
 def _quantise_groups(
     x,
     out,
@@ -189,7 +191,9 @@ def _quantise_groups(
         _store_quantised(stored, scaled, inside, LARGEST)
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_local", "rows"])
+@triton.jit(
+    do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
+)
 def _tensor_maximum(
     x,
     partial,
@@ -217,7 +221,9 @@ def _tensor_maximum(
     tl.store(partial + tl.program_id(0), tl.max(tl.max(largest, 1), 0))
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_local", "rows"])
+@triton.jit(
+    do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
+)
 def _quantise_tensor(
     x,
     out,
