@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moegen.device import target_facts
-from moegen.runtime.activations import ACTIVATIONS
+from moegen.runtime.activations import ACTIVATIONS, Activation
 from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal
 from moegen.spec import Parallel
 from tests.support.packages import TOLERANCE, make_inputs, oracle, poisoned, relative_error, unnamed
@@ -92,10 +92,18 @@ def test_tiles_that_divide_everything(dtype: str, build: Build) -> None:
         check(package, make_inputs(package.LAYERS[0], tokens), swap_ab=swap_ab)
 
 
+# Every name, and those with a parameter that is off by default with it on, at values that the inputs reach.
+KINDS: dict[str, str | Activation] = {name: name for name in ACTIVATIONS} | {
+    "silu with limit": Activation.of("silu", limit=0.4),
+    "situ with limit": Activation.of("situ", beta=0.5, limit=0.4),
+    "swigluoai with parameters": Activation.of("swigluoai_uninterleave", alpha=1.702, beta=1.0, limit=0.4),
+}
+
+
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", list(ACTIVATIONS))
-def test_activations(name: str, bias: bool, build: Build) -> None:
-    package = build(activation=name, bias=bias, **SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations(kind: str, bias: bool, build: Build) -> None:
+    package = build(activation=KINDS[kind], bias=bias, **SIZES)
     layer = package.LAYERS[0]
     check(package, make_inputs(layer, LONE), swap_ab=True)
     check(package, make_inputs(layer, 5, 1, padding=0.2), swap_ab=False)
