@@ -105,8 +105,8 @@ class Configs:
     def tiles(self, layer: Layer, tokens: int, expert_map: torch.Tensor | None, device: DeviceFacts) -> LayerTiles:
         """Tile configs of `layer` for `tokens` >= 1 tokens on `device`.
 
-        A record answers for token counts up to half an octave outside its smallest and largest bucket, nearest
-        bucket in log space; the heuristic answers for the rest, by bucket, so that the kernels stay few.
+        A record answers for token counts within half an octave of one of its buckets, the nearest in log space; the
+        heuristic answers for the rest, by bucket, so that the kernels stay few.
         """
         low_latency = is_low_latency(layer, tokens, expert_map)
         key = (layer.slug, tokens, low_latency, device)
@@ -117,8 +117,10 @@ class Configs:
 
     def _choose(self, layer: Layer, tokens: int, low_latency: bool, device: DeviceFacts) -> LayerTiles:
         record = self._record(layer, device)
-        if record and min(record) / math.sqrt(2) <= tokens <= max(record) * math.sqrt(2):
-            return record[bucket_of(tokens, tuple(sorted(record)))]
+        if record:
+            bucket = bucket_of(tokens, tuple(sorted(record)))
+            if max(bucket / tokens, tokens / bucket) <= math.sqrt(2):
+                return record[bucket]
         return default_tiles(layer.gemm("gemm1"), layer.gemm("gemm2"), bucket_of(tokens), device, low_latency)
 
     def _record(self, layer: Layer, device: DeviceFacts) -> dict[int, LayerTiles]:

@@ -104,11 +104,13 @@ def test_a_bucket_is_its_own_nearest(bucket: int) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "found"),
-    # nearest bucket of 16 and 64 (they meet at 32); in use half an octave beyond both
+    # buckets 16 and 64; in use within half an octave of either
     [
         (16, TILE),
-        (32, TILE),
-        (33, OTHER),
+        (22, TILE),
+        (23, None),
+        (45, None),
+        (46, OTHER),
         (64, OTHER),
         (12, TILE),
         (90, OTHER),
