@@ -1,0 +1,1 @@
+"""Tuning: the tile configs of a layer on one GPU, found by measurement."""
