@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Results go to stdout, messages to stderr.
 
-Exit codes: 0 ok, 1 internal error, 2 usage, 3 invalid spec or package, 4 no device, 5 a target does not compile.
+Exit codes: 0 ok, 1 internal error, 2 usage, 3 invalid spec, package, record or file, 4 no or wrong device, 5 a target does
+not compile (build) or a record is stale (check), 6 nothing could be tuned, 130 interrupted (what was measured is kept).
 """
 
 import argparse
@@ -20,9 +21,17 @@ from moegen.plan import Plan, make_plan
 from moegen.render import RenderError
 from moegen.runtime.quant import MODES, Scheme
 from moegen.spec import DTYPES, MoESpec, Parallel, SpecError, load_spec
+from moegen.tune import commands as records
 
 EXIT_INVALID, EXIT_TARGET = 3, 5
 RELEASED = "released"
+
+_RECORD_COMMANDS = {
+    "check": ("validate config records", records.add_check_arguments, records.check),
+    "merge": ("merge two config records", records.add_merge_arguments, records.merge),
+    "export": ("write vLLM's or SGLang's tuned files", records.add_export_arguments, records.export),
+    "import": ("use a tuned file of vLLM or SGLang", records.add_import_arguments, records.import_),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("bench", help="time a package and its peers on this GPU")
     bench.add_arguments(timing)
     timing.set_defaults(run=bench.main)
+
+    for name, (help_, add_arguments, run) in _RECORD_COMMANDS.items():
+        command = commands.add_parser(name, help=help_)
+        add_arguments(command)
+        command.set_defaults(run=run)
     return parser
 
 
