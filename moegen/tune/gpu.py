@@ -99,6 +99,8 @@ class GpuWorker:
         self._layer = next(layer for layer in self._module.LAYERS if layer.slug == setup.slug)
         self._device = torch.device("cuda", setup.gpu)
         self._module.runtime.checks.check_device(self._layer.scheme, device_facts(setup.gpu))
+        with poisoned_memory():
+            pass  # torch imports much at its first use, which no config should have to pay for
         self._seed = setup.seed
         self._routing = None if setup.routing is None else read_routing(setup.routing, self._layer)
         self._weights: WeightCopies | None = None

@@ -98,7 +98,7 @@ def test_read_routing_names_what_is_wrong(tmp_path: Path, saved: object, message
     with pytest.raises(ValueError, match=message) as caught:
         read_routing(path, LAYER)
     assert str(path) in str(caught.value)
-    with pytest.raises(ValueError, match="nowhere.npy: not a readable"):
+    with pytest.raises(ValueError, match=r"nowhere\.npy: not a readable"):
         read_routing(tmp_path / "nowhere.npy", LAYER)
 
 
