@@ -52,7 +52,8 @@ class Cell:
         for block_m in space.block_sizes:
             start = space.start(block_m)
             for op in OPS:
-                for tile in sorted(getattr(space, op).at(block_m), key=lambda tile: tile != getattr(start, op)):
+                own = getattr(space, op)[block_m]
+                for tile in sorted(own.tiles, key=lambda tile: tile != own.start):
                     yield op, tile, replace(start, **{op: tile})
 
 

@@ -1,17 +1,18 @@
 """Which tile configs are worth trying: one table of axes, cut down to what is legal, and plausible for the tokens."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from moegen.runtime.device import DeviceFacts
-from moegen.runtime.tile import FAMILIES, Gemm, LayerTiles, TileConfig, default_tiles, why_illegal
+from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, default_tiles, why_illegal
 
 # Axis -> values in order, for each kernel family. The heuristic's own value joins an axis that does not have it.
+FAMILY = "portable"
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "portable": {
+    FAMILY: {
         "BLOCK_SIZE_M": (16, 32, 64, 128),
         "BLOCK_SIZE_N": (32, 64, 128, 256),
         "BLOCK_SIZE_K": (64, 128, 256),
@@ -28,94 +29,93 @@ SMALL_M, SWAPPED_M = 32, 64  # largest BLOCK_SIZE_M at which fewer warps than a 
 
 @dataclass(frozen=True)
 class Space:
-    """The plausible legal tile configs of one GEMM for one token count.
+    """The plausible legal tile configs of one GEMM at one BLOCK_SIZE_M.
 
-    axes    field -> values, in the order of the table
-    starts  BLOCK_SIZE_M -> the heuristic's tile config there, one for each plausible BLOCK_SIZE_M
-    tiles   every config of the space, starts included, in the order of the axes
+    start  the heuristic's config there, one of `tiles`
+    tiles  every config of the space, in the order of the axes
+    axes   field -> values, for the fields that vary
     """
 
-    gemm: Gemm
-    axes: Mapping[str, tuple[Any, ...]]
-    starts: Mapping[int, TileConfig]
+    start: TileConfig
     tiles: tuple[TileConfig, ...]
+
+    @cached_property
+    def axes(self) -> dict[str, tuple[Any, ...]]:  # noqa: D102 - above
+        values = {field: tuple(sorted({getattr(tile, field) for tile in self.tiles})) for field in AXES[FAMILY]}
+        return {field: found for field, found in values.items() if len(found) > 1}
 
     @cached_property
     def _known(self) -> frozenset[TileConfig]:
         return frozenset(self.tiles)
 
-    def __contains__(self, tile: TileConfig) -> bool:
+    def __contains__(self, tile: object) -> bool:
         return tile in self._known
 
-    def at(self, block_m: int) -> tuple[TileConfig, ...]:
-        """The configs with this BLOCK_SIZE_M."""
-        return tuple(tile for tile in self.tiles if block_m == tile.BLOCK_SIZE_M)
+    def indices(self, tile: TileConfig) -> dict[str, int]:
+        """Position of each field of `tile`, which is in the space, on its axis."""
+        return {field: values.index(getattr(tile, field)) for field, values in self.axes.items()}
 
-    def indices(self, tile: TileConfig) -> tuple[int, ...]:
-        """Position of each field of `tile` on its axis; ValueError if it is on none (imported configs may be)."""
-        return tuple(values.index(getattr(tile, field)) for field, values in self.axes.items())
+    def tile(self, indices: Mapping[str, int]) -> TileConfig | None:
+        """The config at these positions, or None if it is not in the space."""
+        found = replace(self.start, **{field: self.axes[field][index] for field, index in indices.items()})
+        return found if found in self else None
 
-    def tile(self, indices: Sequence[int]) -> TileConfig | None:
-        """The config at a position of each axis, or None if it is not in the space."""
-        values = (axis[index] for axis, index in zip(self.axes.values(), indices, strict=True))
-        tile = TileConfig(**dict(zip(self.axes, values, strict=True)))
-        return tile if tile in self else None
-
-    def neighbours(self, tile: TileConfig, steps: Sequence[int] = (1, 2)) -> Iterator[TileConfig]:
-        """Configs of the space that differ from `tile` in one field, BLOCK_SIZE_M excepted, by `steps` on its axis.
-
-        Nearest first. A field whose value is on no axis has no neighbours.
-        """
-        for step in steps:
-            for field, values in self.axes.items():
-                value = getattr(tile, field)
-                if field == "BLOCK_SIZE_M" or value not in values:
-                    continue
-                for index in (values.index(value) - step, values.index(value) + step):
-                    if 0 <= index < len(values):
-                        other = replace(tile, **{field: values[index]})
-                        if other in self:
-                            yield other
+    def neighbours(self, tile: TileConfig) -> Iterator[TileConfig]:
+        """Configs of the space that differ from `tile` in one field, by one step on its axis, and then by two."""
+        indices = self.indices(tile)
+        for step in (1, 2):
+            for field, index in indices.items():
+                for other in (index - step, index + step):
+                    if 0 <= other < len(self.axes[field]):
+                        found = self.tile({**indices, field: other})
+                        if found is not None:
+                            yield found
 
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """What may be tried for one layer at one token count: one Space a GEMM, tied by BLOCK_SIZE_M.
+    """What may be tried for one layer at one token count: BLOCK_SIZE_M -> one Space a GEMM.
 
     default  the heuristic's choice, which is in the space
     """
 
     tokens: int
     default: LayerTiles
-    gemm1: Space
-    gemm2: Space
+    gemm1: Mapping[int, Space]
+    gemm2: Mapping[int, Space]
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
         """The plausible values of BLOCK_SIZE_M, ascending."""
-        return tuple(self.gemm1.starts)
+        return tuple(self.gemm1)
 
     @property
     def size(self) -> int:
-        """Number of tile configs of both GEMMs: what an exhaustive search of each would measure."""
-        return len(self.gemm1.tiles) + len(self.gemm2.tiles)
+        """Number of tile configs of both GEMMs: what measuring all of each, one at a time, would take."""
+        return sum(len(space.tiles) for spaces in (self.gemm1, self.gemm2) for space in spaces.values())
 
     def start(self, block_m: int) -> LayerTiles:
         """The heuristic's tile configs at this BLOCK_SIZE_M."""
-        return LayerTiles(self.gemm1.starts[block_m], self.gemm2.starts[block_m])
+        return LayerTiles(self.gemm1[block_m].start, self.gemm2[block_m].start)
+
+    def __contains__(self, tiles: LayerTiles) -> bool:
+        size = tiles.gemm1.BLOCK_SIZE_M
+        return size in self.gemm1 and tiles.gemm1 in self.gemm1[size] and tiles.gemm2 in self.gemm2[size]
 
 
 def layer_space(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerSpace:
     """The space of one layer for `tokens` tokens; low_latency: whether calls take the low-latency assignment."""
     default = default_tiles(gemm1, gemm2, tokens, device, low_latency)
     starts = _starts(gemm1, gemm2, tokens, device, default, low_latency)
-    spaces = []
-    for gemm in (gemm1, gemm2):
-        own = {size: getattr(pair, gemm.op) for size, pair in starts.items()}
-        tiles = [tile for start in own.values() for tile in _tiles(gemm, start, tokens, device, low_latency)]
-        used = {field: {getattr(tile, field) for tile in tiles} for field in AXES[FAMILIES[0]]}
-        axes = {field: tuple(sorted(values)) for field, values in used.items()}
-        spaces.append(Space(gemm, axes, own, tuple(tiles)))
+    spaces: list[dict[int, Space]] = [
+        {
+            size: Space(
+                getattr(pair, gemm.op), tuple(_tiles(gemm, getattr(pair, gemm.op), tokens, device, low_latency))
+            )
+            for size, pair in starts.items()
+        }
+        for gemm in (gemm1, gemm2)
+    ]
     return LayerSpace(tokens, default, *spaces)
 
 
@@ -128,7 +128,7 @@ def _starts(
     """
     preferred, mean = default.gemm1.BLOCK_SIZE_M, _mean_slots(gemm1, tokens)
     found = {}
-    for size in AXES[FAMILIES[0]]["BLOCK_SIZE_M"]:
+    for size in AXES[FAMILY]["BLOCK_SIZE_M"]:
         near = preferred // 2 <= size <= 2 * preferred and (2 * size >= mean or size >= 64)
         if size == preferred:
             found[size] = default
