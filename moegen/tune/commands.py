@@ -3,20 +3,22 @@
 import argparse
 import functools
 import json
-import logging
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moegen.interop.strict import FileError
+from moegen.interop.strict import FileError, read_json, token_counts
 from moegen.load import read_manifest
 from moegen.render import data_folder
 from moegen.spec import MoESpec, VariantSpec
+from moegen.tune import journal_of, quiet_reader
 
 if TYPE_CHECKING:
     from moegen.runtime.device import DeviceFacts
+    from moegen.runtime.tile import TileConfig
     from moegen.tune.record import Record
 
 EXIT_OK, EXIT_INVALID, EXIT_STALE = 0, 3, 5
@@ -38,7 +40,7 @@ EXPORT = """\
 Writes the tuned files that vLLM or SGLang look up, under their names and in their schemas. Fields that they do not know
 (SWAP_AB, PDL, family) are left out, and their kernels are not moegen's: a tile config that is best here is a good guess
 there; `moegen tune --engine vllm` measures vLLM's own. vLLM has one tile config for both GEMMs: the best common one
-that was measured, if --journal has one, else gemm1's."""
+that was measured, if the tuning journal has one, else gemm1's, which is then said."""
 
 IMPORT = """\
 Reads a tuned file of vLLM or SGLang (and SGLang's _down file beside it) and adds its tile configs to the package's
@@ -53,6 +55,7 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
     def guarded(args: argparse.Namespace) -> int:
         from moegen.runtime.configs import RecordError
 
+        quiet_reader()
         try:
             return run(args)
         except (FileError, RecordError, OSError) as error:
@@ -74,7 +77,7 @@ def check(args: argparse.Namespace) -> int:
     """Check all records, print what was found; the exit code says the worst."""
     from moegen.tune.check import check_record, record_files
 
-    logging.getLogger("moegen").addHandler(logging.NullHandler())  # what the reader warns of is reported here
+    quiet_reader()
     paths = args.paths or [data_folder("tuned_configs")]
     files = list(record_files(paths))
     findings = [finding for path, placed in files for finding in check_record(path, placed)]
@@ -117,7 +120,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, required=True, help="whose files to write")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="folder to write to")
     parser.add_argument("--layer", metavar="SLUG", help="only the records of this layer")
-    parser.add_argument("--journal", metavar="FILE", help="the tuning journal (or storage URL) of the records")
+    parser.add_argument(
+        "--journal", metavar="FILE", help="journal or storage URL of the tuning (default: PACKAGE.journal)"
+    )
 
 
 @_guarded
@@ -126,15 +131,16 @@ def export(args: argparse.Namespace) -> int:
     from moegen.tune.check import record_files
     from moegen.tune.record import load_record
 
-    records = [load_record(path) for path, _ in record_files(args.paths)]
-    records = [record for record in records if args.layer in (None, record.variant.slug)]
-    if not records:
-        raise FileError(f"no record of {args.layer or 'any layer'} in {', '.join(map(str, args.paths))}")
     texts: dict[Path, str] = {}
-    for record in records:
-        for name, text in _exported(args, record).items():
-            if texts.setdefault(args.out / name, text) != text:
-                raise FileError(f"{args.out / name}: several layers have this name; choose one with --layer")
+    for source in args.paths:
+        for record in (load_record(path) for path, _ in record_files([source])):
+            if args.layer not in (None, record.variant.slug):
+                continue
+            for name, text in _exported(args, record, args.journal or journal_of(source)).items():
+                if texts.setdefault(args.out / name, text) != text:
+                    raise FileError(f"{args.out / name}: several layers have this name; choose one with --layer")
+    if not texts:
+        raise FileError(f"no record of {args.layer or 'any layer'} in {', '.join(map(str, args.paths))}")
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -142,7 +148,7 @@ def export(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _exported(args: argparse.Namespace, record: "Record") -> dict[Path, str]:
+def _exported(args: argparse.Namespace, record: "Record", journal: str) -> dict[Path, str]:
     """Path below the output folder -> text. What was imported stays out: it is such a file already."""
     from moegen.interop import sglang, vllm
 
@@ -153,14 +159,28 @@ def _exported(args: argparse.Namespace, record: "Record") -> dict[Path, str]:
     versions = {tokens: bucket.triton for tokens, bucket in own.items()}
     if args.format == "sglang":
         return sglang.export(record.variant, record.gpu.name, tiles, versions)
-    common = _common(record, args.journal)
-    files = vllm.export(record.variant, record.gpu.name, tiles, versions, common)
-    guessed = [str(t) for t, pair in sorted(tiles.items()) if t not in common and not vllm.alike(pair)]
+    common = {tokens: pair.gemm1 for tokens, pair in tiles.items() if vllm.alike(pair)}
+    for tokens in tiles:
+        found = None if tokens in common else _best_common(record, journal, tokens)
+        if found is not None:
+            common[tokens] = found
+    guessed = [str(tokens) for tokens in sorted(tiles) if tokens not in common]
     if guessed:
         _complain(
             args, f"{record.name}: token counts {', '.join(guessed)}: gemm1's tile config, no common one is known"
         )
-    return files
+    return vllm.export(record.variant, record.gpu.name, tiles, versions, common)
+
+
+def _best_common(record: "Record", journal: str, tokens: int) -> "TileConfig | None":
+    """The fastest tile config that was measured for both GEMMs at once, if the journal is there and has one."""
+    from moegen.interop import vllm
+    from moegen.tune.session import measured
+
+    if "://" not in journal and not Path(journal).is_file():
+        return None
+    times = [(found.us, pair) for pair, found in measured(journal, record, tokens) if found.us and vllm.alike(pair)]
+    return min(times, key=lambda time: time[0])[1].gemm1 if times else None
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -226,8 +246,30 @@ def _gpu(path: Path, target: str | None) -> "DeviceFacts":
     return found
 
 
-def _common(record: "Record", journal: str | None) -> dict[int, object]:
-    return {}
+def record_lines(package: Path) -> list[str]:
+    """One line for each config record of a package; imports no torch, and checks no more than it shows."""
+    lines = []
+    for path in sorted(package.glob("configs/*/*.json")):
+        name = path.relative_to(package / "configs")
+        try:
+            data = read_json(path)
+            buckets = token_counts(path, data.get("buckets"), "buckets.")
+        except FileError as error:
+            lines.append(f"{name}: broken: {error}")
+            continue
+        entries = [entry for entry in buckets.values() if isinstance(entry, dict)]
+        gains = [gain for gain in map(_gain, entries) if gain is not None]
+        mean = f", {math.exp(sum(map(math.log, gains)) / len(gains)):.3f} × default on average" if gains else ""
+        imported = sum("source" in entry for entry in entries)
+        extra = f", {imported} of them imported" if imported else ""
+        lines.append(f"{name}: {len(buckets)} token counts from {min(buckets)} to {max(buckets)}{extra}{mean}")
+    return lines
+
+
+def _gain(entry: dict[str, Any]) -> float | None:
+    times = [entry.get("default_us"), entry.get("us")]
+    default_us, us = (time if isinstance(time, int | float) and 0 < time < 1e12 else None for time in times)
+    return default_us / us if default_us and us else None
 
 
 def _describe(parser: argparse.ArgumentParser, text: str) -> None:
