@@ -73,14 +73,14 @@ def jobs_of(folder: Path, slug: str, device: DeviceFacts, tokens: int, tiles: La
 class CompilePool:
     """Worker processes that compile jobs in the order in which they came; shared by all GPUs of a run.
 
-    workers        how many; one a CPU core if None
+    workers        how many; one a CPU core if None, less one for the process that measures
     time_limit_s   after which a job has failed and its worker is replaced
 
     Every job is done once. One that failed has failed for all token counts. All methods are safe in all threads.
     """
 
     def __init__(self, workers: int | None = None, *, time_limit_s: float = TIME_LIMIT_S, worker: str = WORKER) -> None:
-        count = workers or len(os.sched_getaffinity(0))
+        count = workers or max(1, len(os.sched_getaffinity(0)) - 1)
         self.compiled = 0  # kernels
         self.compiler_s = 0.0  # of all workers together
         self._time_limit_s = time_limit_s

@@ -31,7 +31,7 @@ from moegen.tune.workload import Bucket, WeightCopies, build_bucket, read_routin
 
 RACE_REPLAYS = 3
 RACE_FACTOR = 1.5  # slower than this times the best is not worth more replays
-REPLAYS = 10
+REPLAYS = 7
 FINAL_ROUNDS = 10  # finalists are replayed in turn, so many rounds at a time,
 FINAL_NOISE = 0.01  # until the noise of all of them is below this
 FINAL_LIMIT_S = 3.0  # or this long, warm-up excluded

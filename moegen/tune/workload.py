@@ -27,7 +27,7 @@ from moegen.bench.workload import (
     nominal_us,
 )
 
-MIN_REPLAY_US = 1000.0  # starting a graph costs some µs once: 0.5 % of this, and the same for all candidates
+MIN_REPLAY_US = 700.0  # by nominal rates, about 1 ms: starting a graph costs some µs once, for all candidates alike
 MAX_CALLS = 64  # a call is four launches or more, and all of them are captured anew for each candidate
 SEED_STEP = 1_000_003  # keeps the draws of neighbouring seeds and token counts apart
 
@@ -89,7 +89,7 @@ def build_bucket(
 def calls_of(call_us: float, copies: int) -> int:
     """Calls in the graph: as many of either routing, a multiple of copies, about MIN_REPLAY_US in all."""
     step = math.lcm(copies, len(ROUTINGS))
-    return step * max(1, round(min(MIN_REPLAY_US / call_us, MAX_CALLS) / step))
+    return step * math.ceil(min(MIN_REPLAY_US / call_us, MAX_CALLS) / step)
 
 
 def read_routing(path: Path, layer: Layer) -> torch.Tensor:

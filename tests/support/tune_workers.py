@@ -121,7 +121,7 @@ class Saboteur(GpuWorker):
         if kind == UNWRITTEN:
             return out
         if kind == HANG:
-            torch.cuda._sleep(10**14)
+            torch.cuda._sleep(10**11)  # about a minute
         if kind == ILLEGAL:
             torch.zeros(4, device="cuda")[torch.tensor([1 << 40], device="cuda")].sum()
         if kind == OUT_OF_MEMORY:
