@@ -85,14 +85,22 @@ def compile_call(
     It ends with the first kernel that does not compile. Compiled kernels stay in Triton's cache on disk. The process
     has a driver without a GPU from then on.
     """
-    tokens, failed = call.hidden_states.shape[0], []
+    run, tokens = sys.modules[type(package).__module__].run, call.hidden_states.shape[0]
+    return compile_launches(lambda: run(layer, call, tiles), layer.slug, tokens, target, wanted)
+
+
+def compile_launches(
+    launch: Callable[[], None], layer: str, tokens: int, target: str, wanted: Callable[[str], bool] = lambda _: True
+) -> list[Compiled]:
+    """The same for whatever `launch` launches on meta tensors; `layer` and `tokens` only name the records."""
+    failed = []
     with _compiling_for(target, wanted) as compiled:
         try:
-            sys.modules[type(package).__module__].run(layer, call, tiles)
+            launch()
         except Exception as failure:  # noqa: BLE001 - a compiler may raise anything; it becomes a record
             kernel, constants = getattr(failure, "moegen_launch", (f"launch {len(compiled) + 1}", ""))
-            failed = [Compiled(target, layer.slug, kernel, tokens, constants, error=_reason(failure))]
-    return [_measure(target, layer.slug, tokens, kernel, text) for kernel, text in compiled] + failed
+            failed = [Compiled(target, layer, kernel, tokens, constants, error=_reason(failure))]
+    return [_measure(target, layer, tokens, kernel, text) for kernel, text in compiled] + failed
 
 
 def meta_call(package: Any, layer: Any, tokens: int, device: DeviceFacts) -> Any:  # noqa: ANN401 - as above

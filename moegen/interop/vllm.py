@@ -56,6 +56,23 @@ def export(
     return {Path(file_name(variant, device_name(gpu))): table_text(table, head)}
 
 
+def default_tile(variant: VariantSpec, tokens: int) -> TileConfig:
+    """What vLLM uses where it has no file, unquantised and for fp8."""
+    block = variant.scheme.block_shape
+    if block is not None:
+        low = tokens <= 8 and block[0] % 64 == 0
+        wide, stages = (64 if low else block[0]), (4 if low and tokens <= 4 else 3)
+        return TileConfig(16 if tokens <= 64 else 64, wide, block[1], 1 if tokens <= 16 else 32, num_stages=stages)
+    return TileConfig(
+        BLOCK_SIZE_M=next(size for size, most in ((16, 32), (32, 96), (64, 512), (128, tokens)) if tokens <= most),
+        BLOCK_SIZE_N=64 if tokens <= 64 else 128,
+        BLOCK_SIZE_K=128 if variant.scheme.kind or tokens <= 64 else 64,
+        GROUP_SIZE_M=16 if tokens // variant.local_experts > 128 else 1,
+        num_warps=4 if tokens <= 128 else 8,
+        num_stages=4 if tokens <= 32 else 3,
+    )
+
+
 def alike(pair: LayerTiles) -> bool:
     """Whether both GEMMs have one tile config, as far as vLLM's files go."""
     return entry(pair.gemm1) == entry(pair.gemm2)

@@ -213,8 +213,8 @@ def _bucket_text(bucket: TunedBucket) -> str:
 
 def write_record(path: Path, record: Record) -> None:
     """Write a temporary file beside `path` and rename it: a reader sees the old record or the new one, never a part."""
-    with _locked(path):
-        _write(path, record)
+    with locked(path):
+        replace_text(path, record_text(record))
 
 
 def add_bucket(path: Path, record: Record, tokens: int, bucket: TunedBucket) -> None:
@@ -233,27 +233,29 @@ def update_record(path: Path, record: Record, change: Callable[[Record | None], 
     """Replace what is at `path` (None: nothing yet) by what `change` makes of it, and return that; nobody else writes
     in between. RecordError, and an unchanged file, if what is there is broken or not of the GPU and layer of `record`.
     """
-    with _locked(path):
+    with locked(path):
         found = load_record(path) if path.exists() else None
         if found is not None:
             _refuse_other(record, found, str(path))
         changed = change(found)
-        _write(path, changed)
+        replace_text(path, record_text(changed))
     return changed
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Inside, nobody else writes to the folder of `path`, which is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):
         yield
 
 
-def _write(path: Path, record: Record) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside `path` and rename it, so that there is the old text or the new one at any time."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(record_text(record))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)

@@ -40,7 +40,7 @@ def document(package: str, tasks: Sequence[Task], source: Source, session: Sessi
         "per_minute": round(60 * measured / wall_s, 1),
         "waiting_for_compiler": round(usage.waiting_s / wall_s, 4),
         "processes_lost": max(0, usage.starts - 1),
-        "records": [str(path) for path in session.records()],
+        "files": [str(path) for path in session.files()],
         "buckets": [_plain(slugs[key], outcome) for (key, _), outcome in sorted(session.outcomes.items())],
     }
 
@@ -79,7 +79,7 @@ def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "per_minute": round(60 * measured / wall_s, 1),
         "waiting_for_compiler": round(sum(one["waiting_for_compiler"] for one in documents) / len(documents), 4),
         "processes_lost": sum(one["processes_lost"] for one in documents),
-        "records": sorted({path for one in documents for path in one["records"]}),
+        "files": sorted({path for one in documents for path in one["files"]}),
         "buckets": [buckets[key] for key in sorted(buckets)],
     }
 
@@ -94,7 +94,7 @@ def summary(found: dict[str, Any]) -> str:
         lines += [f"{layer} on {found['gpu']}", table(rows), ""]
     waited, rate = f"{found['waiting_for_compiler']:.1%}", f"{found['per_minute']:.0f} a minute"
     lines.append(f"{found['wall_s']:.0f} s, {found['measured']} measurements, {rate}; waited {waited} for the compiler")
-    lines += [f"record: {path}" for path in found["records"]]
+    lines += [f"result: {path}" for path in found["files"]]
     return "\n".join(line.rstrip() for text in lines for line in text.split("\n"))
 
 

@@ -17,11 +17,13 @@ from moegen.tune import journal_of, quiet_reader
 
 if TYPE_CHECKING:
     from moegen.tune.journal import Journal
+    from moegen.tune.keep import Records, VllmFiles
     from moegen.tune.session import Task
     from moegen.tune.sources import GpuSource, ReplaySource
 
 EXIT_OK, EXIT_USAGE, EXIT_INVALID, EXIT_DEVICE, EXIT_NOTHING, EXIT_INTERRUPTED = 0, 2, 3, 4, 6, 130
 EFFORTS = ("quick", "standard", "full")
+ENGINES = ("moegen", "vllm")
 
 DESCRIPTION = f"""\
 Finds the fastest tile configs of a package's layers on this GPU, by measurement, and writes them into the package:
@@ -58,9 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warm", type=Path, action="append", default=[], metavar="FILE", help=help_)
     add("--seed", type=int, default=0, help="of the search and the workload (default: %(default)s)")
     add("--fresh", action="store_true", help="forget what the journal knows of these layers")
-    add("--out", type=Path, metavar="FOLDER", help="also write the records there, for example tuned_configs/")
+    help_ = "also write the records there, for example tuned_configs/; with --engine, the files (default: vllm_configs)"
+    add("--out", type=Path, metavar="FOLDER", help=help_)
     add("--jobs", type=count, metavar="N", help="compiler processes (default: the cores, shared by the GPUs)")
     add("--replay", type=Path, metavar="FOLDER", help="take times from recorded sweeps: tunes without a GPU")
+    help_ = "whose kernel: the package's, or that of the vLLM which is installed, whose tuned file is then written"
+    add("--engine", choices=ENGINES, default=ENGINES[0], help=help_)
     add("--json", action="store_true", help="print one JSON document, not the table")
     add("-q", "--quiet", action="store_true", help="no progress")
 
@@ -119,6 +124,10 @@ def main(args: argparse.Namespace, package: Path) -> int:
     quiet_reader()
     storage = args.storage or journal_of(package)
     try:
+        if args.replay is not None and args.engine != "moegen":
+            return _fail(
+                f"--engine {args.engine}: sweeps of its kernel are not recorded; leave --replay away", EXIT_USAGE
+            )
         if args.replay is not None:
             return _tune(args, package, storage, None)
         chosen = _gpus(args.gpus)
@@ -164,14 +173,17 @@ def _tune(args: argparse.Namespace, package: Path, storage: str, gpu: int | None
     began = time.monotonic()
     variants = _variants(args, package)
     with _source(args, package, variants, gpu) as source:
+        keeper = _keeper(args, package, source)
         tasks = _tasks(args, package, variants, source)
+        for task in tasks:
+            keeper.earlier(task.variant)  # a broken file is better found now than when the first result is there
         journal = _journal(args, storage, source, tasks)
         with Progress(sum(len(task.buckets) for task in tasks), args.quiet) as progress:
             session = Session(
                 source,
                 journal,
                 tasks,
-                _folders(args, package),
+                keeper,
                 effort=args.effort,
                 seed=args.seed,
                 deadline=None if args.time_limit is None else began + args.time_limit,
@@ -187,15 +199,18 @@ def _tune(args: argparse.Namespace, package: Path, storage: str, gpu: int | None
 def _source(
     args: argparse.Namespace, package: Path, variants: Sequence[VariantSpec], gpu: int | None
 ) -> "GpuSource | ReplaySource":
+    from moegen.tune.engines import VllmSource
     from moegen.tune.sources import GpuSource, ReplaySource
 
     if gpu is None:
         return ReplaySource(args.replay)
-    return GpuSource(package, variants, gpu, args.jobs, args.routing, args.seed)
+    kind = VllmSource if args.engine == "vllm" else GpuSource
+    return kind(package, variants, gpu, args.jobs, args.routing, args.seed)
 
 
 def _variants(args: argparse.Namespace, package: Path) -> tuple[VariantSpec, ...]:
     """The layers to tune, with everything checked that a run would otherwise fail on when it has begun."""
+    from moegen.tune.engines import check_variant, engine_version
     from moegen.tune.record import layer_of
     from moegen.tune.workload import read_routing
 
@@ -203,8 +218,12 @@ def _variants(args: argparse.Namespace, package: Path) -> tuple[VariantSpec, ...
     chosen = tuple(variant for variant in every if args.layer in (None, variant.slug))
     if not chosen:
         raise FileError(f"--layer {args.layer}: {package} has {', '.join(variant.slug for variant in every)}")
-    if args.routing is not None:
+    if args.engine == "vllm":
+        engine_version()
         for variant in chosen:
+            check_variant(variant)
+    for variant in chosen:
+        if args.routing is not None:
             try:
                 read_routing(args.routing, layer_of(variant))
             except ValueError as error:
@@ -216,8 +235,9 @@ def _tasks(
     args: argparse.Namespace, package: Path, variants: Sequence[VariantSpec], source: "GpuSource | ReplaySource"
 ) -> list["Task"]:
     from moegen.interop.files import import_tiles, matching
+    from moegen.tune.engines import engine_version
     from moegen.tune.fingerprint import package_kernels
-    from moegen.tune.record import Record, layer_of, load_record
+    from moegen.tune.record import layer_of
     from moegen.tune.session import Task
 
     imported: dict[VariantSpec, list[dict[int, Any]]] = {}
@@ -229,21 +249,20 @@ def _tasks(
     for variant in variants:
         chosen = source.buckets(variant, args.buckets)
         if chosen:
-            kernels = package_kernels(package, variant.slug)
+            kernels = engine_version() if args.engine == "vllm" else package_kernels(package, variant.slug)
             tasks.append(Task(variant, kernels, chosen, tuple(imported.get(variant, ()))))
     if not tasks:
         raise FileError(f"--replay {args.replay}: no sweep of these layers and buckets is recorded there")
-    for task in tasks:
-        for folder in _folders(args, package):
-            path = folder / Record(source.device, task.variant).name
-            if path.exists():
-                load_record(path)  # better now than when the first result is to be written
     return tasks
 
 
-def _folders(args: argparse.Namespace, package: Path) -> list[Path]:
-    """Where records go; the package's own one is read as well."""
-    return [package / "configs", *([args.out] if args.out is not None else [])]
+def _keeper(args: argparse.Namespace, package: Path, source: "GpuSource | ReplaySource") -> "Records | VllmFiles":
+    """Where results go."""
+    from moegen.tune.keep import Records, VllmFiles
+
+    if args.engine == "vllm":
+        return VllmFiles(args.out or Path("vllm_configs"), source.device, source.triton)
+    return Records([package / "configs", *([args.out] if args.out is not None else [])], source.device)
 
 
 def _journal(
@@ -273,7 +292,7 @@ def _forget(args: argparse.Namespace, package: Path, storage: str, chosen: Seque
 def _command(args: argparse.Namespace, package: Path, storage: str) -> list[str]:
     """The command of a worker, but for its GPU."""
     words = [sys.executable, "-m", "moegen", "tune", str(package), "--json", "--storage", storage]
-    words += ["--effort", args.effort, "--seed", str(args.seed)]
+    words += ["--effort", args.effort, "--seed", str(args.seed), "--engine", args.engine]
     words += ["--layer", args.layer] if args.layer else []
     words += ["--buckets", ",".join(map(str, args.buckets))] if args.buckets else []
     words += ["--time-limit", str(args.time_limit)] if args.time_limit else []

@@ -128,17 +128,20 @@ class _Run:
         """Measure batch after batch until the budget is spent; the next batch compiles while one is measured."""
         waiting: deque[tuple[int, str, list[TileConfig]]] = deque()
         for turn in itertools.count():
-            sizes = self._promising(turn)
+            sizes, asked = self._promising(turn), 0
             for size, op in itertools.product(sizes, ("gemm1", "gemm2")):
                 if stop() or len(self._known) >= self._budget:
                     return
                 batch = self._side(size, op).ask(BATCH)
                 self._measurer.prefetch(self._space.tokens, [replace(self._best[size], **{op: t}) for t in batch])
                 waiting.append((size, op, batch))
+                asked += len(batch)
                 if len(waiting) > 1:
                     self._measure_batch(*waiting.popleft())
-            if not any(batch for _, _, batch in waiting):
-                return  # everything was measured
+            if not asked:  # there is nothing left to ask for
+                for batch_of in waiting:
+                    self._measure_batch(*batch_of)
+                return
 
     def decide(self) -> Found:
         """Compare the best pairs side by side, the default among them."""

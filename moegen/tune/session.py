@@ -21,8 +21,9 @@ from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.spec import VariantSpec
 from moegen.tune.client import MeasurerError
 from moegen.tune.journal import Journal
+from moegen.tune.keep import Keeper
 from moegen.tune.progress import Progress, State
-from moegen.tune.record import Record, TunedBucket, add_bucket, load_record
+from moegen.tune.record import Record, TunedBucket
 from moegen.tune.search import EFFORTS, Found, NothingRuns, search
 from moegen.tune.sources import Source
 from moegen.tune.trial import Measurement
@@ -63,7 +64,7 @@ class Outcome:
 class Session:
     """Tunes the buckets of `tasks` on one GPU, together with whoever shares the journal.
 
-    folders    where records are written; the first is read as well
+    keeper     where results go
     deadline   time.monotonic() when to stop, or None
     """
 
@@ -72,7 +73,7 @@ class Session:
         source: Source,
         journal: Journal,
         tasks: Sequence[Task],
-        folders: Sequence[Path],
+        keeper: Keeper,
         *,
         effort: str,
         seed: int,
@@ -81,7 +82,7 @@ class Session:
     ) -> None:
         self._source, self._journal, self._progress = source, journal, progress
         self._tasks = {task.key: task for task in tasks}
-        self._folders, self._deadline = folders, deadline
+        self._keeper, self._deadline = keeper, deadline
         self.effort, self.seed = effort, seed
         self.outcomes: dict[tuple[str, int], Outcome] = {}
 
@@ -112,10 +113,9 @@ class Session:
         done = sum(self._attribute(key, tokens, "found") is not None for key, tokens in wanted)
         return done, sum(1 for bucket in wanted for _ in self._journal.measurements(*bucket))
 
-    def records(self) -> list[Path]:
-        """The files that were written."""
-        names = [Record(self._source.device, task.variant).name for task in self._tasks.values()]
-        return [folder / name for folder in self._folders for name in names if (folder / name).exists()]
+    def files(self) -> list[Path]:
+        """The files with the results."""
+        return [path for task in self._tasks.values() for path in self._keeper.files(task.variant)]
 
     def _settled(self, key: str, tokens: int) -> bool:
         """Whether the bucket needs no more work; a result that is in the journal, another worker's say, is taken."""
@@ -176,9 +176,7 @@ class Session:
             moegen=__version__,
             kernels=task.kernels,
         )
-        record = Record(self._source.device, task.variant)
-        for folder in self._folders:
-            add_bucket(folder / record.name, record, tokens, bucket)
+        self._keeper.keep(task.variant, tokens, bucket)
         self.outcomes[task.key, tokens] = Outcome(task.key, tokens, found, complete=complete)
         if complete:
             self._progress.finished()
@@ -202,12 +200,11 @@ class Session:
         for side in (reversed(smaller), larger):
             plain = next((p for p in (self._attribute(task.key, other, "found") for other in side) if p), None)
             found += [found_of(plain).tiles] if plain else []
-        path = self._folders[0] / Record(self._source.device, task.variant).name
-        buckets = load_record(path).buckets if path.exists() else {}
-        if buckets:
-            near = bucket_of(tokens, tuple(sorted(buckets)))
+        earlier = self._keeper.earlier(task.variant)
+        if earlier:
+            near = bucket_of(tokens, tuple(sorted(earlier)))
             if max(near / tokens, tokens / near) <= NEAR:
-                found.append(buckets[near].tiles)
+                found.append(earlier[near])
         return found
 
     def _attribute(self, key: str, tokens: int, name: str) -> Any:  # noqa: ANN401 - JSON

@@ -15,6 +15,7 @@ from moegen.runtime.device import DeviceFacts
 from moegen.runtime.layer import is_low_latency
 from moegen.runtime.tile import LayerTiles
 from moegen.spec import VariantSpec
+from moegen.tune import client, compile_pool
 from moegen.tune.client import GpuMeasurer, Usage
 from moegen.tune.compile_pool import CompilePool
 from moegen.tune.record import layer_of
@@ -62,6 +63,7 @@ class GpuSource:
 
     triton = triton.__version__
     torch = torch.__version__.split("+")[0]
+    compiler, worker = compile_pool.WORKER, client.WORKER
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class GpuSource:
     ) -> None:
         self._package, self._gpu, self._file, self._seed = package, gpu, routing, seed
         self._first = variants[0]
-        self._pool = CompilePool(jobs)
+        self._pool = CompilePool(jobs, worker=self.compiler)
         self._measurer: GpuMeasurer | None = None
         self._slug = ""
         self._used: list[Usage] = []
@@ -121,7 +123,7 @@ class GpuSource:
             self._drop()
             self._slug = slug
             self._measurer = GpuMeasurer(
-                self._package, slug, self._gpu, self._pool, seed=self._seed, routing=self._file
+                self._package, slug, self._gpu, self._pool, seed=self._seed, routing=self._file, worker=self.worker
             ).__enter__()
             self._used.append(self._measurer.usage)
         return self._measurer

@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from moegen.plan import make_plan
 from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune import progress, report, run, session, sources, workers
 from moegen.tune.client import GpuMeasurer
-from moegen.tune.compile_pool import CompilePool
 from moegen.tune.fingerprint import spec_of
 from moegen.tune.progress import Progress, State
 from moegen.tune.record import load_record, record_text
@@ -83,7 +81,7 @@ def test_end_to_end(tune: Any, package: Path, expected: str, tmp_path: Path, cap
     assert code == 0
     path = package / "configs" / NAME
     assert path.read_text() == expected
-    assert f"record: {path}" in text
+    assert f"result: {path}" in text
     rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
     assert [row[0] for row in rows[: len(TOKENS)]] == ["1", "16", "64"]
     assert all(float(row[3]) == pytest.approx(float(row[1]) / float(row[2]), rel=0.01) for row in rows[: len(TOKENS)])
@@ -101,7 +99,7 @@ def test_end_to_end(tune: Any, package: Path, expected: str, tmp_path: Path, cap
     assert f"{NAME}: 3 token counts from 1 to 64" in capsys.readouterr().out
 
     again = document(tune("--json"))
-    assert (again["measured"], again["records"]) == (0, [str(path)])
+    assert (again["measured"], again["files"]) == (0, [str(path)])
     assert path.read_text() == expected
 
     assert cli.main(["export", str(package), "--format", "vllm", "-o", str(tmp_path / "vllm")]) == 0
@@ -153,7 +151,7 @@ def test_out(tune: Any, expected: str, tmp_path: Path) -> None:
     found = document(tune("--json", "--out", tmp_path / "published"))
     path = tmp_path / "published" / NAME
     assert path.read_text() == expected
-    assert str(path) in found["records"]
+    assert str(path) in found["files"]
 
 
 def test_quiet(tune: Any) -> None:
@@ -271,7 +269,7 @@ def test_kill_9(sweeps: Path, package: Path, expected: str) -> None:
     for _ in range(100):
         process = context.Process(target=_tune, args=(words,))
         process.start()
-        process.join(moments.uniform(0.1, 1.0))
+        process.join(moments.uniform(0.05, 0.5))
         process.kill()
         process.join()
         if process.exitcode == 0:
@@ -340,7 +338,7 @@ def test_warm_files_are_measured_first(tune: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Replay, "measure", spying)
     found = document(tune("--json", "--warm", path))
     assert all(LayerTiles(tile, tile) in seen[tokens][:4] for tokens in TOKENS)
-    record_path = Path(found["records"][0])
+    record_path = Path(found["files"][0])
     winners = {tokens: bucket.tiles for tokens, bucket in load_record(record_path).buckets.items()}
     assert winners[16] in seen[64][:4]
 
@@ -492,8 +490,8 @@ def test_not_a_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One GPU whose process answers without one."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(sources, "GpuMeasurer", partial(GpuMeasurer, worker="tests.support.tune_workers:FakeGpu"))
-    monkeypatch.setattr(sources, "CompilePool", partial(CompilePool, worker="tests.support.tune_workers:NoCompiler"))
+    monkeypatch.setattr(sources.GpuSource, "worker", "tests.support.tune_workers:FakeGpu")
+    monkeypatch.setattr(sources.GpuSource, "compiler", "tests.support.tune_workers:NoCompiler")
 
 
 @pytest.mark.usefixtures("fake_gpu")
@@ -539,7 +537,7 @@ def test_a_gpu_that_cannot_start(package: Path, capsys: Any, monkeypatch: pytest
     """A device that is too old for the layer, say: no bucket is begun."""
 
     def cannot(package: Path, _: str, *rest: Any, **options: Any) -> GpuMeasurer:
-        return GpuMeasurer(package, "cannot start", *rest, worker="tests.support.tune_workers:FakeGpu", **options)
+        return GpuMeasurer(package, "cannot start", *rest, **options)
 
     monkeypatch.setattr(sources, "GpuMeasurer", cannot)
     assert cli.main(["tune", str(package), "--jobs", "1"]) == 4
@@ -567,7 +565,7 @@ def bucket(tokens: int, us: float | None, *, complete: bool = True, reason: str 
 
 def made(*buckets: dict[str, Any], **changes: Any) -> dict[str, Any]:
     facts = {"gpu": "NVIDIA H200", "wall_s": 10.0, "measured": 100, "per_minute": 600.0, "waiting_for_compiler": 0.1}
-    return {**facts, "processes_lost": 0, "records": ["a"], "buckets": list(buckets), **changes}
+    return {**facts, "processes_lost": 0, "files": ["a"], "buckets": list(buckets), **changes}
 
 
 LATER = bucket(16, None, complete=False, reason="not done yet")
@@ -579,7 +577,7 @@ def test_documents_of_workers_are_merged() -> None:
     found = report.merged([one, other])
     assert [(b["tokens"], b.get("us")) for b in found["buckets"]] == [(1, 50.0), (16, 20.0), (64, 30.0)]
     assert (found["wall_s"], found["measured"], found["per_minute"]) == (20.0, 300, 900.0)
-    assert (found["waiting_for_compiler"], found["records"]) == (0.2, ["a"])
+    assert (found["waiting_for_compiler"], found["files"]) == (0.2, ["a"])
 
 
 def test_spread() -> None:
@@ -587,11 +585,11 @@ def test_spread() -> None:
     script = (
         "import json, sys; gpu = int(sys.argv[2])\n"
         "print(f'line of {gpu}', file=sys.stderr)\n"
-        "sys.exit(7) if gpu == 1 else print(json.dumps({**DOCUMENT, 'measured': gpu, 'records': sys.argv[3:]}))"
+        "sys.exit(7) if gpu == 1 else print(json.dumps({**DOCUMENT, 'measured': gpu, 'files': sys.argv[3:]}))"
     )
     script = script.replace("DOCUMENT", repr(made(bucket(1, 50.0))))
     found = workers.spread([sys.executable, "-c", script], [0, 1, 2], 3)
-    assert (found["measured"], found["records"]) == (2, ["--jobs", "3"])
+    assert (found["measured"], found["files"]) == (2, ["--jobs", "3"])
     with pytest.raises(workers.WorkersFailedError) as failed:
         workers.spread([sys.executable, "-c", script], [1], 1)
     assert failed.value.code == 7
