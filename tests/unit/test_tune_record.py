@@ -364,6 +364,29 @@ def test_imported_tiles_do_not_grow_stale(tmp_path: Path, capsys: pytest.Capture
     assert check(capsys, tmp_path)[0] == 0
 
 
+# --------------------------------------------------------------------------------------------------------------- show
+
+
+def test_show_lists_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without torch, so it checks no more than it shows; a broken record is named."""
+    folder = emit(make_plan(model_spec("qwen3-30b-a3b")), tmp_path)
+    imported = bucket(us=None, default_us=None, source="E=128.json")
+    written(folder / "configs", Record(H200, LAYER, {1: bucket(us=30.0), 16: bucket(us=120.0), 64: imported}))
+    other = folder / "configs" / "nvidia-b200" / "x.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps({"buckets": {"1": {"us": 1 << 2000, "default_us": 0}, "2": [], "4": {"us": "x"}}}))
+    (other.parent / "y.json").write_text("{")
+    assert cli.main(["show", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("tuned configs:")
+    assert [line.strip() for line in lines[start + 1 :]] == [
+        "nvidia-b200/x.json: 3 token counts from 1 to 4",
+        lines[start + 2].strip(),
+        f"{NAME}: 3 token counts from 1 to 64, 1 of them imported, 1.000 × default on average",
+    ]
+    assert lines[start + 2].strip().startswith("nvidia-b200/y.json: broken: ")
+
+
 # -------------------------------------------------------------------------------------------------------- fingerprint
 
 
