@@ -95,10 +95,13 @@ class Replay:
 
     The time of a pair is that of the two starts plus what each GEMM's own config adds to it: at one BLOCK_SIZE_M the
     GEMMs run one after the other. noise: relative deviation of a simulated measurement, 0 = the recorded times.
+
+    measured counts what was asked, comparisons included.
     """
 
     def __init__(self, sweeps: Sequence[Sweep], noise: float = 0.0, seed: int = 0) -> None:
         self.sweeps = {sweep.tokens: sweep for sweep in sweeps}
+        self.measured = 0
         self._noise = noise
         self._random = random.Random(seed)  # noqa: S311 - no secret
 
@@ -107,6 +110,7 @@ class Replay:
 
     def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
         """What the sweep says of this pair; KeyError if it was not in the space."""
+        self.measured += 1
         found = self.true(tokens, tiles)
         if found.us is None:
             return found
@@ -117,6 +121,7 @@ class Replay:
 
     def compare(self, tokens: int, finalists: Sequence[LayerTiles]) -> list[Measurement]:
         """The recorded times: what the noise of many rounds averages to."""
+        self.measured += len(finalists)
         return [self.true(tokens, tiles) for tiles in finalists]
 
     def true(self, tokens: int, tiles: LayerTiles) -> Measurement:

@@ -31,6 +31,7 @@ STALE = 40  # asks without a new config after which TPE is left alone for a batc
 # A BLOCK_SIZE_M is given up when its best pair is this much slower than the best of all, after the first round, the
 # second … each round measures one batch of each GEMM.
 MARGINS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01)
+AHEAD = 1
 FINALISTS = 8
 EXHAUSTED = 400  # a space of at most so many configs is measured as a whole
 
@@ -112,17 +113,23 @@ class _Run:
 
     def begin(self, warm: Sequence[LayerTiles]) -> None:
         """Find a pair to start from at each BLOCK_SIZE_M: the heuristic's or a warm one, whichever is faster."""
-        starts = [self._space.default, *warm, *(self._space.start(size) for size in self._space.block_sizes)]
-        self._measurer.prefetch(self._space.tokens, starts)
-        for pair in starts:
+        self._start([self._space.default, *warm, *(self._space.start(size) for size in self._space.block_sizes)])
+        for size in self._space.block_sizes:
+            if size not in self._best:  # what is next to the heuristic's may run where that does not
+                first, second = (s[size].neighbours(s[size].start) for s in (self._space.gemm1, self._space.gemm2))
+                self._start([LayerTiles(*pair) for pair in itertools.islice(zip(first, second, strict=False), BATCH)])
+        for size, pair in self._best.items():
+            sides = (self._space.gemm1[size], pair.gemm1), (self._space.gemm2[size], pair.gemm2)
+            side1, side2 = (_Side(space, tile, self._seed) for space, tile in sides)
+            self._sides[size] = side1, side2
+
+    def _start(self, pairs: Sequence[LayerTiles]) -> None:
+        self._measurer.prefetch(self._space.tokens, pairs)
+        for pair in pairs:
             size = pair.gemm1.BLOCK_SIZE_M
             us = self._measure(pair)
             if us is not None and (size not in self._best or us < self._us(size)):
                 self._best[size] = pair
-        for size, pair in self._best.items():
-            sides = (self._space.gemm1[size], pair.gemm1), (self._space.gemm2[size], pair.gemm2)
-            first, second = (_Side(space, tile, self._seed) for space, tile in sides)
-            self._sides[size] = first, second
 
     def explore(self, stop: Callable[[], bool]) -> None:
         """Measure batch after batch until the budget is spent; the next batch compiles while one is measured."""
@@ -136,7 +143,7 @@ class _Run:
                 self._measurer.prefetch(self._space.tokens, [replace(self._best[size], **{op: t}) for t in batch])
                 waiting.append((size, op, batch))
                 asked += len(batch)
-                if len(waiting) > 1:
+                if len(waiting) > AHEAD:
                     self._measure_batch(*waiting.popleft())
             if not asked:  # there is nothing left to ask for
                 for batch_of in waiting:
@@ -159,8 +166,9 @@ class _Run:
         if not times:
             raise NothingRuns(f"{self._space.tokens} tokens: none of the finalists could be timed again")
         winner = min(times, key=times.__getitem__)
-        if default in times and not times[winner] < times[default] * (1 - results[winner].spread):
-            winner = default
+        if default in times:
+            noise = max(results[winner].spread, results[default].spread)
+            winner = winner if times[winner] < times[default] * (1 - noise) else default
         tried = len(self._known)
         return Found(winner, times[winner], results[winner].spread, times.get(default), tried, dict(failures))
 

@@ -29,14 +29,14 @@ class Counting(Replay):
     def __init__(self) -> None:
         super().__init__([SWEEP])
         self.announced: list[LayerTiles] = []
-        self.measured: list[LayerTiles] = []
+        self.asked: list[LayerTiles] = []
         self.compared = 0
 
     def prefetch(self, tokens: int, candidates: Sequence[LayerTiles]) -> None:  # noqa: ARG002
         self.announced += candidates
 
     def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
-        self.measured.append(tiles)
+        self.asked.append(tiles)
         return super().measure(tokens, tiles, best_us)
 
     def compare(self, tokens: int, finalists: Sequence[LayerTiles]) -> list[Measurement]:
@@ -58,10 +58,10 @@ def test_what_was_measured_is_never_measured_again(storage: str) -> None:
     first = Counting()
     found = measure(Journal(storage, "scope"), PAIRS[:40], first)
     assert {one.status for one in found} == {"ok", "compile"}
-    assert len(first.measured) == 40
+    assert len(first.asked) == 40
     again = Counting()
     assert measure(Journal(storage, "scope"), PAIRS[:41], again)[:40] == found
-    assert again.measured == PAIRS[40:41]
+    assert again.asked == PAIRS[40:41]
 
 
 def test_only_what_is_unknown_is_announced(storage: str) -> None:
@@ -121,7 +121,7 @@ def test_a_torn_last_line_is_cut_off_at_any_byte(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         again = Counting()
         assert measure(Journal(path, "scope"), PAIRS[:4], again)[:3] == found
-        assert again.measured == PAIRS[2:4]  # the line that was torn is lost, and no other
+        assert again.asked == PAIRS[2:4]  # the line that was torn is lost, and no other
         lines = path.read_bytes().splitlines(keepends=True)
         assert all(json.loads(line) and line.endswith(b"\n") for line in lines)
 
