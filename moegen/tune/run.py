@@ -120,9 +120,9 @@ def main(args: argparse.Namespace, package: Path) -> int:
     from moegen.tune.client import MeasurerError
     from moegen.tune.workers import WorkersFailedError, spread
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what runs is ended in order
     quiet_reader()
     storage = args.storage or journal_of(package)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what runs is ended in order
     try:
         if args.replay is not None and args.engine != "moegen":
             return _fail(
@@ -144,6 +144,8 @@ def main(args: argparse.Namespace, package: Path) -> int:
         return error.code  # each has said why
     except KeyboardInterrupt:
         return _fail(f"interrupted; what was measured is in {storage}, the same command goes on", EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _DeviceError(Exception):
@@ -272,7 +274,11 @@ def _journal(
     from moegen.tune.journal import Journal
     from moegen.tune.session import scope_of
 
-    journal = Journal(storage, scope_of(source.device, source.triton, source.torch, source.routing, args.seed))
+    scope = scope_of(source.device, source.triton, source.torch, source.routing, args.seed)
+    try:
+        journal = Journal(storage, scope)
+    except Exception as error:  # whatever Optuna and a database driver raise
+        raise FileError(f"--storage {storage}: {type(error).__name__}: {error}") from error
     for name in (*(task.key for task in tasks), "queue") if args.fresh else ():
         journal.forget(name)
     return journal

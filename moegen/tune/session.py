@@ -5,6 +5,7 @@ into the journal before it begins, and so is its result. A run that goes on thus
 and finds the same, and a bucket that is done costs nothing.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -93,7 +94,9 @@ class Session:
         answers for one range without gaps.
         """
         wanted = [(task.key, tokens) for task in self._tasks.values() for tokens in task.buckets]
-        queue = self._journal.queue(f"{self.effort}/{self.seed}")
+        # A queue for this set of buckets: what an earlier run with others left waiting is not this one's.
+        digest = hashlib.sha256(repr(sorted(wanted)).encode()).hexdigest()[:12]
+        queue = self._journal.queue(f"{self.effort}/{self.seed}/{digest}")
         while left := [bucket for bucket in wanted if not self._settled(*bucket)]:
             queue.fill(left)
             mine = 0
