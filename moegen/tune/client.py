@@ -79,6 +79,7 @@ class GpuMeasurer:
         self._child = Child(worker, self._setup)
         self._device: DeviceFacts | None = None
         self._prepared: int | None = None  # tokens
+        self._anchors: dict[int, LayerTiles] = {}  # the first config that worked at so many tokens
 
     def __enter__(self) -> "GpuMeasurer":
         self._child.start()
@@ -133,12 +134,16 @@ class GpuMeasurer:
         return [self._measure(tokens, tiles, None) for tiles in finalists]  # one of them took the others down
 
     def _measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
+        request = Measure(tokens, tiles, best_us, self._anchors.get(tokens))
         try:
-            return self._ask(Measure(tokens, tiles, best_us), self._time_limit_s).measurements[0]
+            found = self._ask(request, self._time_limit_s).measurements[0]
         except ChildTimeoutError as error:
             return Measurement("timeout", message=str(error))
         except ChildError as error:
             return Measurement("crash", message=str(error))
+        if found.status == "ok":
+            self._anchors.setdefault(tokens, tiles)
+        return found
 
     def _ask(self, request: Measure | Compare, time_limit_s: float) -> Answer:
         """Send a request to a process that has the bucket; a process that was lost, or says so, goes."""

@@ -2,12 +2,15 @@
 
 A config is run once eagerly, with everything that torch.empty returns filled with NaN; its calls are captured in a CUDA
 graph, of which one replay is checked; only then is it timed. One layer, one bucket at a time.
+
+Where power limits the clock, a GPU that comes from a pause is faster than one that has been working. There a config is
+replayed in turn with an anchor, another config, and its time is that of the anchor on a warm GPU times their ratio.
 """
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -62,11 +65,12 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Ask for one measurement, in an Answer."""
+    """Ask for one measurement, in an Answer. anchor: a config that is known to work, or None if this is the first."""
 
     tokens: int
     tiles: LayerTiles
     best_us: float | None
+    anchor: LayerTiles | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,14 @@ class Answer:
     compiled: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The graph of a config that works, and what a call in it takes on a warm GPU, µs."""
+
+    graph: CapturedCalls
+    us: float
+
+
 class GpuWorker:
     """The worker of the GPU's Child."""
 
@@ -106,8 +118,9 @@ class GpuWorker:
         self._weights: WeightCopies | None = None
         self._memory: GraphMemory | None = None
         self._bucket: Bucket | None = None
+        self._anchor: Anchor | None = None
         self._calls: list[Any] = []  # the package's own form of the bucket's calls
-        self._misses = 0
+        self._misses = 0  # since the last answer
         knobs.compilation.listener = self._listen
 
     def _listen(self, *, cache_hit: bool, **_: object) -> None:
@@ -121,15 +134,16 @@ class GpuWorker:
                     return device_facts(torch.cuda.current_device())
                 case Prepare(tokens):
                     return self._prepare(tokens)
-                case Measure(tokens, tiles, best_us):
-                    return self._answer(tokens, (tiles,), best_us)
+                case Measure(tokens, tiles, best_us, known):
+                    anchor = self._anchored(known or tiles)
+                    return self._answer(tokens, (tiles,), lambda graphs: [raced(graphs[0], best_us, anchor)])
                 case Compare(tokens, finalists):
-                    return self._answer(tokens, finalists, None)
+                    return self._answer(tokens, finalists, compared)
         raise TypeError(f"request: {type(request).__name__} is not known")
 
     def _prepare(self, tokens: int) -> str:
         began = time.perf_counter()
-        self._bucket, self._memory, self._calls = None, None, []
+        self._bucket, self._memory, self._calls, self._anchor = None, None, [], None
         release_memory()
         if self._weights is None:
             self._weights = WeightCopies(self._layer, self._device, self._seed)
@@ -141,11 +155,16 @@ class GpuWorker:
         seconds = time.perf_counter() - began
         return f"{tokens} tokens: {len(bucket.calls)} calls, {bucket.copies} weight copies, {seconds:.1f} s"
 
-    def _answer(self, tokens: int, configs: Sequence[LayerTiles], best_us: float | None) -> Answer:
-        """Capture and check each config, then time those that passed."""
+    def _answer(
+        self,
+        tokens: int,
+        configs: Sequence[LayerTiles],
+        timed_by: Callable[[Sequence[CapturedCalls]], list[Measurement]],
+    ) -> Answer:
+        """Capture and check each config, then time those that passed, if any."""
         if self._bucket is None or self._bucket.tokens != tokens:
             raise ValueError(f"tokens: {tokens} is not allowed; allowed: the count that was prepared last")
-        misses, lost = self._misses, False
+        lost = False
         results: list[Measurement | CapturedCalls] = []
         for tiles in configs:
             try:
@@ -157,12 +176,19 @@ class GpuWorker:
         ready = [result for result in results if isinstance(result, CapturedCalls)]
         if lost:  # what was captured cannot be trusted to run
             timed = iter([Measurement("crash", message="lost with the GPU's state") for _ in ready])
-        elif len(configs) == 1:
-            timed = iter([raced(graph, best_us) for graph in ready])
         else:
-            timed = iter(compared(ready))
+            timed = iter(timed_by(ready) if ready else [])
         found = tuple(next(timed) if isinstance(result, CapturedCalls) else result for result in results)
-        return Answer(found, lost, self._misses - misses)
+        compiled, self._misses = self._misses, 0
+        return Answer(found, lost, compiled)
+
+    def _anchored(self, tiles: LayerTiles) -> Anchor | None:
+        """The bucket's anchor if it is hot; made of `tiles` if there is none yet, and none if they do not work."""
+        if self._bucket is not None and self._bucket.hot and self._anchor is None:
+            with suppress(WrongResultError, OutOfResources, torch.OutOfMemoryError):
+                graph = self._captured(self._bucket, tiles)
+                self._anchor = Anchor(graph, time_interleaved([graph], replays=FINAL_ROUNDS)[0].us_per_call)
+        return self._anchor
 
     def _captured(self, bucket: Bucket, tiles: LayerTiles) -> CapturedCalls:
         """The graph of all calls with `tiles`, after both checks. Raises WrongResultError, and what launches raise."""
@@ -212,20 +238,26 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def raced(graph: CapturedCalls, best_us: float | None) -> Measurement:
+def raced(graph: CapturedCalls, best_us: float | None, anchor: Anchor | None) -> Measurement:
     """Time one graph: a few replays, and more unless it is clearly slower than best_us."""
-    first = time_rounds([graph], RACE_REPLAYS)[0]
+    first = anchored_rounds(graph, anchor, RACE_REPLAYS)
     if best_us is not None and first.us_min > RACE_FACTOR * best_us:
         return Measurement("slow", first.us_per_call, first.spread)
-    more = time_rounds([graph], REPLAYS - RACE_REPLAYS)[0]
+    more = anchored_rounds(graph, anchor, REPLAYS - RACE_REPLAYS)
     timing = Timing(first.samples + more.samples)
     return Measurement("ok", timing.us_per_call, timing.spread)
 
 
+def anchored_rounds(graph: CapturedCalls, anchor: Anchor | None, replays: int) -> Timing:
+    """Replay `graph`; with an anchor in turn with it, as if the anchor took in each round what it takes when warm."""
+    if anchor is None:
+        return time_rounds([graph], replays)[0]
+    timing, base = time_rounds([graph, anchor.graph], replays)
+    return Timing(tuple(us / base_us * anchor.us for us, base_us in zip(timing.samples, base.samples, strict=True)))
+
+
 def compared(graphs: Sequence[CapturedCalls]) -> list[Measurement]:
-    """Time graphs in turn until all of them are known well, or the time is over."""
-    if not graphs:
-        return []
+    """Time one or more graphs in turn until all of them are known well, or the time is over."""
     timings = time_interleaved(graphs, replays=FINAL_ROUNDS)
     end = time.perf_counter() + FINAL_LIMIT_S
     while True:

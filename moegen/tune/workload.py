@@ -13,6 +13,7 @@ import torch
 from moegen.bench import DEFAULT_ALPHA, ROUTINGS
 from moegen.bench.measure import Check, layer_reference
 from moegen.bench.workload import (
+    NOMINAL_FLOP_PER_US,
     Layer,
     LayerCall,
     Weights,
@@ -24,20 +25,26 @@ from moegen.bench.workload import (
     draw_weights,
     expert_bytes,
     fewest_active,
+    layer_flops,
     nominal_us,
 )
 
 MIN_REPLAY_US = 700.0  # by nominal rates, about 1 ms: starting a graph costs some µs once, for all candidates alike
 MAX_CALLS = 64  # a call is four launches or more, and all of them are captured anew for each candidate
+HOT_SHARE = 0.5  # of a call's time, as far as the tensor cores would need that long alone
 SEED_STEP = 1_000_003  # keeps the draws of neighbouring seeds and token counts apart
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The calls of one token bucket in the order of the graph, and the oracle's rows of the first and the last."""
+    """The calls of one token bucket in the order of the graph, and the oracle's rows of the first and the last.
+
+    hot: the calls compute so much that the GPU's power limits its clock, so that what it did before shows in a time.
+    """
 
     tokens: int
     copies: int
+    hot: bool
     calls: tuple[LayerCall, ...]
     checks: tuple[Check, Check]
 
@@ -83,7 +90,8 @@ def build_bucket(
         routing = _routing(layer, tokens, index, recorded, generator)
         calls.append(LayerCall(hidden, copied[index % copies], *routing))
     checks = [Check.of(layer, calls[index], layer_reference) for index in (0, -1)]
-    return Bucket(tokens, copies, tuple(calls), (checks[0], checks[1]))
+    hot = layer_flops(layer, tokens) / NOMINAL_FLOP_PER_US > HOT_SHARE * nominal_us(layer, tokens, fewest)
+    return Bucket(tokens, copies, hot, tuple(calls), (checks[0], checks[1]))
 
 
 def calls_of(call_us: float, copies: int) -> int:

@@ -77,7 +77,7 @@ class NoCompiler:
 
 
 class FakeGpu:
-    """The protocol of GpuWorker without a GPU: a config takes BLOCK_SIZE_N µs."""
+    """The protocol of GpuWorker without a GPU: a config takes BLOCK_SIZE_N µs; says its process and its anchor's N."""
 
     def __init__(self, setup: Setup) -> None:
         if setup.slug == "cannot start":
@@ -94,22 +94,23 @@ class FakeGpu:
                     raise MemoryError("one weight copy needs 1000 GB")
                 self.prepared = tokens
                 return "ready"
-            case Measure(tokens, tiles, _):
+            case Measure(tokens, tiles, _, anchor):
                 assert tokens == self.prepared
-                return self.answer(tiles)
+                return self.answer(tiles, anchor)
             case Compare(tokens, finalists):
                 assert tokens == self.prepared
-                return Answer(tuple(self.answer(tiles).measurements[0] for tiles in finalists))
+                return Answer(tuple(self.answer(tiles, None).measurements[0] for tiles in finalists))
         raise TypeError(request)
 
-    def answer(self, tiles: LayerTiles) -> Answer:
+    def answer(self, tiles: LayerTiles, anchor: LayerTiles | None) -> Answer:
         kind = tiles.gemm1.GROUP_SIZE_M
         misbehave(kind)
         if kind == WRONG:
             return Answer((Measurement("wrong", message="relative error 1"),))
         if kind == ILLEGAL:
             return Answer((Measurement("crash", message="illegal memory access"),), lost=True)
-        return Answer((Measurement("ok", float(tiles.gemm1.BLOCK_SIZE_N), message=str(os.getpid())),), compiled=1)
+        message = f"{os.getpid()} {anchor and anchor.gemm1.BLOCK_SIZE_N}"
+        return Answer((Measurement("ok", float(tiles.gemm1.BLOCK_SIZE_N), message=message),), compiled=1)
 
 
 class Saboteur(GpuWorker):

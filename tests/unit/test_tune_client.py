@@ -37,7 +37,7 @@ def bad(kind: int) -> LayerTiles:
 def process_of(measurement: Measurement) -> str:
     """The fake says which process it is."""
     assert measurement.status == "ok"
-    return measurement.message
+    return measurement.message.split()[0]
 
 
 def test_it_measures_in_one_process(gpu: GpuMeasurer) -> None:
@@ -77,6 +77,13 @@ def test_a_failure_is_a_measurement(
     assert (before != after) == replaced
     assert gpu.usage.starts == 1 + replaced
     assert gpu.usage.statuses[status] >= 1
+
+
+def test_the_anchor_is_the_first_config_that_worked_in_whatever_process(gpu: GpuMeasurer) -> None:
+    pairs = [(16, bad(WRONG)), (16, WIDE), (16, GOOD), (16, bad(EXIT)), (16, GOOD), (64, GOOD), (64, WIDE), (16, WIDE)]
+    found = [gpu.measure(tokens, pair, None) for tokens, pair in pairs]
+    anchors = [one.message.split()[1] for one in found if one.status == "ok"]
+    assert anchors == ["None", "256", "256", "None", "64", "256"]
 
 
 def test_what_does_not_compile_never_reaches_the_gpu(gpu: GpuMeasurer) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from moegen.bench.timing import CapturedCalls, Timing
 from moegen.tune import gpu, workload
-from moegen.tune.gpu import compared, raced, status_of, without_drift
+from moegen.tune.gpu import Anchor, compared, raced, status_of, without_drift
 from moegen.tune.workload import Bucket, WeightCopies, build_bucket, calls_of, read_routing
 from tests.support.fake_layer import FakeLayer
 
@@ -128,8 +128,28 @@ def graphs(*us: float) -> list[CapturedCalls]:
 def test_the_race(us: float, best: float | None, status: str, replays: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(gpu, "time_rounds", clock)
-    found = raced(graphs(us)[0], best)
+    found = raced(graphs(us)[0], best, None)
     assert (found.status, found.us, clock.rounds) == (status, us, replays)
+
+
+def test_an_anchor_takes_the_clock_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU slows down by 5 % a replay since the anchor took 100 µs; the config takes 1.2 times as long."""
+    clock = Clock(drift=1.05)
+    monkeypatch.setattr(gpu, "time_rounds", clock)
+    clock([1.0], 20)
+    found = raced(graphs(120.0)[0], 100.0, Anchor(graphs(100.0)[0], 100.0))
+    assert found.status == "ok"
+    assert found.us == pytest.approx(120.0)
+    assert found.spread < 1e-9
+    assert raced(graphs(160.0)[0], 100.0, Anchor(graphs(100.0)[0], 100.0)).status == "slow"
+    drifted = raced(graphs(120.0)[0], None, None).us
+    assert drifted is not None
+    assert drifted > 240
+
+
+def test_buckets_with_many_tokens_are_hot() -> None:
+    assert not build(1).hot
+    assert build(8192).hot
 
 
 def test_finalists_are_compared_without_drift(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +162,6 @@ def test_finalists_are_compared_without_drift(monkeypatch: pytest.MonkeyPatch) -
     assert slower.us / faster.us == pytest.approx(2)
     assert max(slower.spread, faster.spread) < 1e-9
     assert clock.rounds == gpu.FINAL_ROUNDS
-    assert compared([]) == []
 
 
 def test_noisy_finalists_are_replayed_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
