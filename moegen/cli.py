@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     build = commands.add_parser("build", help="build a package from a spec, a known model or a config.json")
-    _add_spec_arguments(build, "spec.yaml, or a Hugging Face config.json or its folder")
+    _add_spec_arguments(build, "SPEC", "spec.yaml, or a Hugging Face config.json or its folder")
     build.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder for the package (default: out)")
     build.add_argument("--target", type=_targets, help="compile everything for cuda:90,hip:gfx942,… and report")
     build.add_argument("--json", action="store_true", help="print one JSON document")
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     timing.set_defaults(run=bench.main)
 
     tuning = commands.add_parser("tune", help="find the fastest tile configs of a package on this GPU")
-    _add_spec_arguments(tuning, "folder of an emitted package, or what `moegen build` takes: it is built first")
+    _add_spec_arguments(tuning, "PACKAGE", "folder of an emitted package, or what `moegen build` takes: it is built first")
     tuning.add_argument("--packages", type=Path, default=Path("out"), help="where it is built (default: out)")
     tune.add_arguments(tuning)
     tuning.set_defaults(run=_tune)
@@ -90,10 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_spec_arguments(parser: argparse.ArgumentParser, help_: str) -> None:
+def _add_spec_arguments(parser: argparse.ArgumentParser, metavar: str, help_: str) -> None:
     """What `_spec` reads."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("spec", nargs="?", type=Path, help=help_)
+    source.add_argument("spec", nargs="?", type=Path, metavar=metavar, help=help_)
     source.add_argument("--model", help="a known model (moegen list)")
     parser.add_argument("--tp", type=_sizes, help="tensor-parallel sizes, for example 1,4 (default: the spec's, or 1)")
     parser.add_argument("--ep", type=_sizes, help="expert-parallel sizes (default: the spec's, or 1)")

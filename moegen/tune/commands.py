@@ -58,6 +58,8 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
         quiet_reader()
         try:
             return run(args)
+        except BrokenPipeError:
+            raise
         except (FileError, RecordError, OSError) as error:
             _complain(args, str(error))
             return EXIT_INVALID

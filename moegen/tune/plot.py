@@ -70,6 +70,8 @@ def main(args: argparse.Namespace) -> int:
             return _fail("nothing to draw: name records, packages or --bench files", EXIT_USAGE)
         for picture in pictures:
             sys.stdout.write(f"{draw(picture, args.out, args.format)}\n")
+    except BrokenPipeError:
+        raise
     except (FileError, RecordError, OSError) as error:
         return _fail(str(error), EXIT_INVALID)
     except ImportError as error:

@@ -136,6 +136,8 @@ def main(args: argparse.Namespace, package: Path) -> int:
         if args.fresh:
             _forget(args, package, storage, chosen)
         return _print(args, spread(_command(args, package, storage), chosen, args.jobs))
+    except BrokenPipeError:
+        raise
     except (FileError, RecordError, OSError) as error:
         return _fail(str(error), EXIT_INVALID)
     except (_DeviceError, MeasurerError) as error:
@@ -174,7 +176,7 @@ def _tune(args: argparse.Namespace, package: Path, storage: str, gpu: int | None
 
     began = time.monotonic()
     variants = _variants(args, package)
-    with _source(args, package, variants, gpu) as source:
+    with _source(args, package, variants, gpu, args.jobs) as source:
         keeper = _keeper(args, package, source)
         tasks = _tasks(args, package, variants, source)
         for task in tasks:
@@ -199,7 +201,7 @@ def _tune(args: argparse.Namespace, package: Path, storage: str, gpu: int | None
 
 
 def _source(
-    args: argparse.Namespace, package: Path, variants: Sequence[VariantSpec], gpu: int | None
+    args: argparse.Namespace, package: Path, variants: Sequence[VariantSpec], gpu: int | None, jobs: int | None
 ) -> "GpuSource | ReplaySource":
     from moegen.tune.engines import VllmSource
     from moegen.tune.sources import GpuSource, ReplaySource
@@ -207,7 +209,7 @@ def _source(
     if gpu is None:
         return ReplaySource(args.replay)
     kind = VllmSource if args.engine == "vllm" else GpuSource
-    return kind(package, variants, gpu, args.jobs, args.routing, args.seed)
+    return kind(package, variants, gpu, jobs, args.routing, args.seed)
 
 
 def _variants(args: argparse.Namespace, package: Path) -> tuple[VariantSpec, ...]:
@@ -224,12 +226,11 @@ def _variants(args: argparse.Namespace, package: Path) -> tuple[VariantSpec, ...
         engine_version()
         for variant in chosen:
             check_variant(variant)
-    for variant in chosen:
-        if args.routing is not None:
-            try:
-                read_routing(args.routing, layer_of(variant))
-            except ValueError as error:
-                raise FileError(f"--routing {error}") from error
+    for variant in chosen if args.routing is not None else ():
+        try:
+            read_routing(args.routing, layer_of(variant))
+        except ValueError as error:
+            raise FileError(f"--routing {error}") from error
     return chosen
 
 
@@ -291,7 +292,7 @@ def _forget(args: argparse.Namespace, package: Path, storage: str, chosen: Seque
     """What --fresh means, once and before the workers begin."""
     variants = _variants(args, package)
     for gpu in chosen:
-        with _source(args, package, variants, gpu) as source:
+        with _source(args, package, variants, gpu, 1) as source:
             _journal(args, storage, source, _tasks(args, package, variants, source))
 
 

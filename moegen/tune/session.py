@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from moegen.tune.progress import Progress, State
 from moegen.tune.record import Record, TunedBucket
 from moegen.tune.search import EFFORTS, Found, NothingRuns, search
 from moegen.tune.sources import Source
+from moegen.tune.space import LayerSpace
 from moegen.tune.trial import Measurement
 
 NEAR = 2.0  # a record's bucket at most this many times away is worth trying
@@ -140,7 +141,7 @@ class Session:
         task = self._tasks[key]
         study = self._journal.study(key, tokens)
         space = self._source.space(task.variant, tokens)
-        warm = self._warm(task, tokens, study)
+        warm = [pair for pair in (snapped(space, pair) for pair in self._warm(task, tokens, study)) if pair is not None]
         state = State(task.variant.slug, tokens, EFFORTS[self.effort].budget, space.default)
         share = None if self._deadline is None else time.monotonic() + (self._deadline - time.monotonic()) / left
         stopped = False
@@ -230,6 +231,20 @@ def measured(storage: str | Path, record: Record, tokens: int) -> Iterator[tuple
     if bucket.seed is not None:
         scope = scope_of(record.gpu, bucket.triton, bucket.torch, bucket.routing, bucket.seed)
         yield from Journal(storage, scope).measurements(journal_key(record.variant, bucket.kernels), tokens)
+
+
+def snapped(space: LayerSpace, pair: LayerTiles) -> LayerTiles | None:
+    """The pair as far as the space goes: fields that do not vary there have the heuristic's values. None if the space
+    has no such pair.
+    """
+    tiles = []
+    for spaces, tile in ((space.gemm1, pair.gemm1), (space.gemm2, pair.gemm2)):
+        own = spaces.get(tile.BLOCK_SIZE_M)
+        if own is None:
+            return None
+        tiles.append(replace(own.start, **{field: getattr(tile, field) for field in own.axes}))
+    found = LayerTiles(*tiles)
+    return found if found in space else None
 
 
 def nearest_tokens(table: dict[int, LayerTiles], tokens: int) -> int:

@@ -79,6 +79,7 @@ class GpuSource:
         self._pool = CompilePool(jobs, worker=self.compiler)
         self._measurer: GpuMeasurer | None = None
         self._slug = ""
+        self._device: DeviceFacts | None = None
         self._used: list[Usage] = []
         self.routing = "+".join(ROUTINGS) if routing is None else _named(routing)
 
@@ -92,7 +93,9 @@ class GpuSource:
     @property
     def device(self) -> DeviceFacts:
         """Facts of the GPU. MeasurerError if there is none, or none that runs the package."""
-        return self._of(self._first.slug).device
+        if self._device is None:
+            self._device = self._of(self._first.slug).device
+        return self._device
 
     @property
     def usage(self) -> Usage:

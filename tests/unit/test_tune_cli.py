@@ -370,6 +370,17 @@ def test_warm_files_are_measured_first(tune: Any, tmp_path: Path, monkeypatch: p
     assert winners[16] in seen[64][:4]
 
 
+def test_fields_that_do_not_vary_are_no_reason_to_ignore_a_start(sweeps: Path) -> None:
+    """GROUP_SIZE_M counts only where experts have many slots; a foreign file has some value everywhere."""
+    space = sources.ReplaySource(sweeps).space(LAYER, 16)
+    known = space.gemm1[16].tiles[7]
+    foreign = LayerTiles(replace(known, GROUP_SIZE_M=32), replace(space.gemm2[16].tiles[3], GROUP_SIZE_M=64))
+    assert foreign not in space
+    assert session.snapped(space, foreign) == LayerTiles(known, space.gemm2[16].tiles[3])
+    assert session.snapped(space, LayerTiles(replace(known, num_stages=7), known)) is None
+    assert session.snapped(space, LayerTiles(*(replace(known, BLOCK_SIZE_M=512),) * 2)) is None
+
+
 def test_the_record_is_a_start_as_well(tune: Any, package: Path) -> None:
     """A better config that was found earlier cannot get lost by tuning again with less effort."""
     tune("--effort", "standard")
@@ -541,6 +552,27 @@ def test_on_a_gpu(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Counter(f for b in found["buckets"] for f in b["failures"]) <= Counter(resources=2)
     assert cli.main([*words, "-q"]) == 0
     assert json.loads(capsys.readouterr().out)["measured"] == 0
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_two_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process with the GPU for each layer, and not one for each bucket."""
+    made: list[str] = []
+
+    def counting(package: Path, slug: str, *rest: Any, **options: Any) -> GpuMeasurer:
+        made.append(slug)
+        return GpuMeasurer(package, slug, *rest, **options)
+
+    monkeypatch.setattr(sources, "GpuMeasurer", counting)
+    spec = replace(spec_of(LAYER), name="two", dtypes=("bfloat16", "float16"))
+    folder = emit(make_plan(spec), tmp_path)
+    assert cli.main(["tune", str(folder), "--buckets", "1-4", "--effort", "quick", "--jobs", "1", "--json", "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(bucket["layer"], bucket["tokens"]) for bucket in found["buckets"]] == [
+        (variant.slug, tokens) for variant in spec.variants() for tokens in (1, 2, 4)
+    ]
+    assert made == [variant.slug for variant in spec.variants()]
+    assert len(found["files"]) == 2
 
 
 @pytest.mark.usefixtures("fake_gpu")
