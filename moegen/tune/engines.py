@@ -103,7 +103,6 @@ class VllmKernels:
 
         self._module: ModuleType = fused_moe
         self._scheme = layer.scheme
-        self._configs: dict[int, object] = {}
 
     def __call__(self, call: Any, tile: TileConfig) -> torch.Tensor:  # noqa: ANN401 - a package's own Call
         """One layer call under `tile`; returns a new tensor [T, H]."""
@@ -116,21 +115,17 @@ class VllmKernels:
         return out
 
     def _config(self, call: Any) -> object:  # noqa: ANN401 - as above
-        """vLLM's quant config of the call's weights, made once a copy."""
-        key = id(call.w13.values)
-        if key not in self._configs:
-            from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+        """vLLM's quant config of the call's weights."""
+        from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 
-            scheme = self._scheme
-            by_token = scheme.kind in ("channel", "tensor_token")
-            self._configs[key] = fp8_w8a8_moe_quant_config(
-                w1_scale=call.w13.scale,
-                w2_scale=call.w2.scale,
-                per_act_token_quant=by_token,
-                per_out_ch_quant=scheme.kind == "channel",
-                block_shape=list(scheme.block_shape) if scheme.block_shape else None,
-            )
-        return self._configs[key]
+        scheme = self._scheme
+        return fp8_w8a8_moe_quant_config(
+            w1_scale=call.w13.scale,
+            w2_scale=call.w2.scale,
+            per_act_token_quant=scheme.kind in ("channel", "tensor_token"),
+            per_out_ch_quant=scheme.kind == "channel",
+            block_shape=list(scheme.block_shape) if scheme.block_shape else None,
+        )
 
 
 class VllmWorker(GpuWorker):

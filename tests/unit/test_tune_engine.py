@@ -95,7 +95,6 @@ def test_what_vllm_is_told() -> None:
     fused_moe().fused_experts = fused_experts
     tile = TileConfig(16, 64, 128, 8, SWAP_AB=True, PDL=True, num_warps=8, num_stages=5)
     assert kernels(call, tile).shape == (2, 4)
-    assert kernels(call, tile).shape == (2, 4)
     config, quant, arguments = monkey[0]
     assert config == {
         "BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "num_warps": 8, "num_stages": 5,
@@ -104,7 +103,6 @@ def test_what_vllm_is_told() -> None:
     assert (quant["block_shape"], quant["per_act_token_quant"], quant["per_out_ch_quant"]) == ([128, 128], False, False)
     assert (quant["w1_scale"], quant["w2_scale"]) == (call.w13.scale, call.w2.scale)
     assert [a is b for a, b in zip(arguments, fields_of(call), strict=True)] == [True] * 5
-    assert monkey[1][1] is quant  # made once
     assert fused_moe().current is None
 
 
