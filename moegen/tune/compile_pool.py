@@ -170,12 +170,16 @@ class CompileWorker:
     def __call__(self, job: Job) -> Compilation:
         """Compile one job."""
         began, misses = time.perf_counter(), self._misses
+        kernels = self.kernels(job)
+        seconds = time.perf_counter() - began
+        return Compilation(tuple(kernels), self._misses - misses, seconds, failure_of(kernels, job.device))
+
+    def kernels(self, job: Job) -> list[Compiled]:
+        """What the job compiles."""
         package = import_package(job.folder)._dispatch._PACKAGE
         layer = next(layer for layer in package.layers if layer.slug == job.slug)
         call = meta_call(package, layer, job.tokens, job.device)
-        kernels = compile_call(package, layer, call, job.tiles, job.target, job.wants)
-        seconds = time.perf_counter() - began
-        return Compilation(tuple(kernels), self._misses - misses, seconds, failure_of(kernels, job.device))
+        return compile_call(package, layer, call, job.tiles, job.target, job.wants)
 
 
 # What compilers say of a kernel that is correct but too large for the GPU.

@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 
-from moegen.aot import compile_launches
+from moegen.aot import Compiled, compile_launches
 from moegen.bench.timing import CapturedCalls
 from moegen.interop import vllm
 from moegen.interop.strict import FileError
 from moegen.interop.table import entry
+from moegen.load import import_package
 from moegen.runtime.align import align_lengths
 from moegen.runtime.assignment import low_latency_applies
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, why_illegal
 from moegen.spec import VariantSpec
-from moegen.tune.compile_pool import Compilation, Job, failure_of
+from moegen.tune.compile_pool import CompileWorker, Job
 from moegen.tune.gpu import GpuWorker, Setup, poisoned_memory
 from moegen.tune.record import layer_of
 from moegen.tune.sources import GpuSource
@@ -148,22 +149,19 @@ class VllmWorker(GpuWorker):
         return captured
 
 
-class VllmCompiler:
+class VllmCompiler(CompileWorker):
     """What runs in a compiler process: vLLM's launcher on meta tensors, for both GEMMs of a config at once.
 
     Where this vLLM's launcher is another one, nothing is compiled ahead, and the process with the GPU compiles.
     """
 
-    def __call__(self, job: Job) -> Compilation:
-        """Compile one job; only those of gemm1 have kernels."""
+    def kernels(self, job: Job) -> list[Compiled]:
+        """Those of the whole call for a job of gemm1, none for the others."""
         if job.op != "gemm1":
-            return Compilation()
-        from moegen.load import import_package
-
+            return []
         layer = next(layer for layer in import_package(job.folder).LAYERS if layer.slug == job.slug)
         launch = partial(_launch_both, layer, job.tokens, entry(job.tiles.gemm1))
-        kernels = compile_launches(launch, job.slug, job.tokens, job.target)
-        return Compilation(tuple(kernels), len(kernels), 0.0, failure_of(kernels, job.device))
+        return compile_launches(launch, job.slug, job.tokens, job.target)
 
 
 def _launch_both(layer: Any, tokens: int, config: dict[str, int]) -> None:  # noqa: ANN401 - a package's own Layer
