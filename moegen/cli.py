@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     timing.set_defaults(run=bench.main)
 
     tuning = commands.add_parser("tune", help="find the fastest tile configs of a package on this GPU")
-    _add_spec_arguments(tuning, "PACKAGE", "folder of an emitted package, or what `moegen build` takes: it is built first")
+    _add_spec_arguments(
+        tuning, "PACKAGE", "folder of an emitted package, or what `moegen build` takes: it is built first"
+    )
     tuning.add_argument("--packages", type=Path, default=Path("out"), help="where it is built (default: out)")
     tune.add_arguments(tuning)
     tuning.set_defaults(run=_tune)
