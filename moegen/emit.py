@@ -113,7 +113,7 @@ def _rendered(plan: Plan) -> dict[str, bytes]:
     }
     sources = {}
     for module in plan.modules:
-        imports = {"along_rows", "along_tokens", "pdl_begin", "tile_order", *module.quant.imports}
+        imports = {"along_rows", "along_tokens", "pdl_begin", "tile_order"}
         if module.activation.gated:
             imports |= {"gate_up_rows", "split_gate_up"}
         context = {

@@ -94,6 +94,11 @@ class Gemm:
         return self.a_bits == 32
 
     @property
+    def is_decoded(self) -> bool:
+        """Whether weights are decoded in registers, for a product of 16-bit values."""
+        return self.w_bits < self.a_bits == 16
+
+    @property
     def is_w8a8(self) -> bool:
         """Whether both operands are 8 bit."""
         return self.a_bits == 8
@@ -109,7 +114,9 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
         return f"PDL needs compute capability 9.0 or newer, not {device.backend} {device.arch}"
     if tile.family not in FAMILIES:
         return f"family={tile.family} is unknown; known: {', '.join(FAMILIES)}"
-    smallest = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
+    if tile.BLOCK_SIZE_M == 8 and not (tile.SWAP_AB and device.backend == "cuda"):
+        return "BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU: tokens on the tensor core's side that may be 8 wide"
+    smallest = {"BLOCK_SIZE_M": 8, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
     for key, least in smallest.items():
         if not least <= getattr(tile, key) <= 512:
             return f"{key}={getattr(tile, key)} is outside {least}..512"
@@ -149,7 +156,8 @@ def default_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, lo
     the shape of vLLM's defaults.
     """
     slots = tokens * gemm1.top_k
-    block_m = 16 if low_latency else _block_m(slots, gemm1.num_experts)
+    least = 8 if (gemm1.is_decoded or gemm1.is_w8a8) and device.has_wgmma else 16
+    block_m = least if low_latency else _block_m(slots, gemm1.num_experts, least)
     if gemm1.is_w8a8 and gemm1.group_k:
         block_m = min(block_m, 64)  # scaling at every step holds twice the accumulators
     pick = _default_float32_tile if gemm1.is_float32 else _default_tile
@@ -157,11 +165,15 @@ def default_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, lo
     return LayerTiles(*(_fitted(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)))
 
 
-def _block_m(slots: int, num_experts: int) -> int:
-    """Twice the mean slots per active expert, rounded up to a power of two within 16..128."""
+# Of the low-latency assignment all slots walk together, so that those of one expert read its weights from L2.
+_ALL_SLOTS = 128
+
+
+def _block_m(slots: int, num_experts: int, least: int) -> int:
+    """Twice the mean slots per active expert, rounded up to a power of two within least..128."""
     mean = slots / min(slots, num_experts)
-    for block in (16, 32, 64):
-        if 2 * mean <= block:
+    for block in (8, 16, 32, 64):
+        if least <= block >= 2 * mean:
             return block
     return 128
 
@@ -180,18 +192,42 @@ def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
     if not device.has_wgmma:
         depth = deep if gemm.is_w8a8 else 128 if big else 64
         return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
-    if gemm.w_bits < gemm.a_bits and not gemm.zero_points:
-        # Decoding is arithmetic: many warps, each with weights of its own.
-        if lone_slots:
-            few = lone_slots * gemm.rows <= 32 * 4 * device.num_sms
-            return TileConfig(16, 32 if few else 64, 128, 1, num_warps=4, num_stages=3)
+    if gemm.is_decoded and block_m <= 16:
+        return _decoded_tile(gemm, block_m, lone_slots, device)
+    if gemm.is_decoded and not gemm.zero_points:
         return TileConfig(block_m, 128, 128, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+    if gemm.is_w8a8 and block_m <= 16:
+        return _narrow_tile(gemm, block_m, deep, lone_slots, device)
     if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
         # More programs than two a multiprocessor: small tiles let many of them share one.
-        return TileConfig(16, 64, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+        return TileConfig(16, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=3)
     depth = deep if gemm.is_w8a8 else 128
     stages = 4 if lone_slots or gemm.depth >= 4096 else 3
-    return TileConfig(block_m, 64, depth, 1, SWAP_AB=True, num_warps=4, num_stages=stages)
+    group = _ALL_SLOTS if lone_slots else 1
+    return TileConfig(block_m, 64, depth, group, SWAP_AB=True, num_warps=4, num_stages=stages)
+
+
+def _decoded_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+    """Few tokens, weights decoded in registers: two warps share the rows, and each decodes only what it multiplies.
+
+    Four would get wgmma, for which decoded weights pass through shared memory.
+    """
+    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
+        wide, deep = 32, 256
+    else:
+        shallow = gemm.zero_points or block_m == 16 or (lone_slots and gemm.w_bits == 8)
+        wide, deep = 64, 128 if shallow else 256
+    group = _ALL_SLOTS if lone_slots else 1
+    return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=3)
+
+
+def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+    """Few tokens, 8-bit operands: tiles of one wgmma, of half of one where there are few programs."""
+    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
+        return TileConfig(block_m, 32, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=2, num_stages=4)
+    if lone_slots:
+        return TileConfig(block_m, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=4)
+    return TileConfig(block_m, 64 if block_m == 8 else 128, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
 
 
 def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001

@@ -33,6 +33,8 @@ ILLEGAL: list[tuple[dict[str, Any], str]] = [
     ({"BLOCK_SIZE_M": 1 << 60}, "BLOCK_SIZE_M=1152921504606846976 is outside"),
     ({"BLOCK_SIZE_K": 1024}, "BLOCK_SIZE_K=1024 is outside"),
     ({"BLOCK_SIZE_N": 1}, "BLOCK_SIZE_N=1 is outside"),
+    ({"BLOCK_SIZE_M": 4}, "BLOCK_SIZE_M=4 is outside 8..512"),
+    ({"BLOCK_SIZE_M": 8}, "BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU"),
     ({"family": "warp"}, "family=warp is unknown; known: portable"),
     ({"BLOCK_SIZE_M": 256, "BLOCK_SIZE_N": 256}, "512 accumulators per thread"),
     ({"BLOCK_SIZE_K": 256, "num_stages": 4}, "bytes of shared memory exceed the 232448 of NVIDIA H200"),
@@ -55,6 +57,14 @@ def test_legality_depends_on_device_and_element_size() -> None:
     assert why_illegal(tile, replace(GEMM, a_bits=32, w_bits=32), H200) is not None
     assert shared_memory(tile, replace(GEMM, w_bits=8)) == (64 * 2 + 128) * 128 * 4 + 128 * 128 * 2
     assert why_illegal(tile, replace(GEMM, a_bits=8, w_bits=8), TARGETS["cuda:120"]) is None
+
+
+def test_eight_tokens_need_swapped_operands_and_cuda() -> None:
+    tile = replace(TILE, BLOCK_SIZE_M=8, SWAP_AB=True)
+    assert why_illegal(tile, GEMM, H200) is None
+    found = why_illegal(tile, GEMM, TARGETS["hip:gfx942"])
+    assert found is not None
+    assert found.startswith("BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU")
 
 
 def test_shared_memory_holds_at_least_the_epilogue() -> None:
