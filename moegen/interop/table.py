@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moegen.interop.strict import FileError, read_json, shown, token_counts
 from moegen.runtime.device import DeviceFacts
-from moegen.runtime.tile import TileConfig
+from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.spec import VariantSpec
 
 FIELDS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
@@ -55,14 +55,24 @@ def entry(tile: TileConfig) -> dict[str, int]:
     return {key: getattr(tile, key) for key in FIELDS}
 
 
-def adopted(tile: TileConfig, variant: VariantSpec, device: DeviceFacts) -> TileConfig:
-    """What the projects make of a file's tile config when they launch it, with the fields that only moegen has.
+def swaps(tile: TileConfig, variant: VariantSpec, device: DeviceFacts) -> bool:
+    """Whether the projects swap the operands: fp8 on compute capability 9.0 with the token side the short one."""
+    return variant.scheme.mode == "fp8_w8a8" and device.has_wgmma and tile.BLOCK_SIZE_M < 64 <= tile.BLOCK_SIZE_N
 
-    They cut BLOCK_SIZE_K down to the quant group, and swap the operands of fp8 products on compute capability 9.0 where
-    the token side of the tile is the short one.
+
+def adopted(tile: TileConfig, variant: VariantSpec, device: DeviceFacts) -> TileConfig:
+    """A file's tile config as the projects launch it, with the fields that only moegen has.
+
+    They cut BLOCK_SIZE_K down to the quant group. 8 tokens are one side of a product only with swapped operands.
     """
     scheme = variant.scheme
     if scheme.row.activation is not None and scheme.group_k:
         tile = replace(tile, BLOCK_SIZE_K=min(tile.BLOCK_SIZE_K, scheme.group_k))
-    swap = scheme.mode == "fp8_w8a8" and device.has_wgmma and tile.BLOCK_SIZE_M < 64 <= tile.BLOCK_SIZE_N
-    return replace(tile, SWAP_AB=swap, PDL=device.has_pdl)
+    return replace(tile, SWAP_AB=swaps(tile, variant, device) or tile.BLOCK_SIZE_M == 8, PDL=device.has_pdl)
+
+
+def offered(pair: LayerTiles, variant: VariantSpec, device: DeviceFacts) -> LayerTiles:
+    """Tile configs that the projects can launch: where they do not swap the operands, BLOCK_SIZE_M is at least 16."""
+    if all(swaps(tile, variant, device) for tile in (pair.gemm1, pair.gemm2)):
+        return pair
+    return LayerTiles(*(replace(t, BLOCK_SIZE_M=max(16, t.BLOCK_SIZE_M)) for t in (pair.gemm1, pair.gemm2)))

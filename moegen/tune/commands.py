@@ -38,9 +38,9 @@ over an imported one, then today's kernels over older ones, then the newer Trito
 
 EXPORT = """\
 Writes the tuned files that vLLM or SGLang look up, under their names and in their schemas. Fields that they do not know
-(SWAP_AB, PDL, family) are left out, and their kernels are not moegen's: a tile config that is best here is a good guess
-there; `moegen tune --engine vllm` measures vLLM's own. vLLM has one tile config for both GEMMs: the best common one
-that was measured, if the tuning journal has one, else gemm1's, which is then said."""
+(SWAP_AB, PDL, family) are left out, and a BLOCK_SIZE_M of 8 becomes 16 where they cannot launch it. Their kernels are not
+moegen's: what is best here is a good guess there; `moegen tune --engine vllm` measures vLLM's own. vLLM has one tile
+config for both GEMMs: the best common one that was measured, if the tuning journal has one, else gemm1's, which is said."""
 
 IMPORT = """\
 Reads a tuned file of vLLM or SGLang (and SGLang's _down file beside it) and adds its tile configs to the package's
@@ -153,11 +153,12 @@ def export(args: argparse.Namespace) -> int:
 def _exported(args: argparse.Namespace, record: "Record", journal: str) -> dict[Path, str]:
     """Path below the output folder -> text. What was imported stays out: it is such a file already."""
     from moegen.interop import sglang, vllm
+    from moegen.interop.table import offered
 
     own = {tokens: bucket for tokens, bucket in record.buckets.items() if not bucket.source}
     if not own:
         raise FileError(f"{record.name}: nothing to export, every bucket was imported")
-    tiles = {tokens: bucket.tiles for tokens, bucket in own.items()}
+    tiles = {tokens: offered(bucket.tiles, record.variant, record.gpu) for tokens, bucket in own.items()}
     versions = {tokens: bucket.triton for tokens, bucket in own.items()}
     if args.format == "sglang":
         return sglang.export(record.variant, record.gpu.name, tiles, versions)
@@ -177,12 +178,13 @@ def _exported(args: argparse.Namespace, record: "Record", journal: str) -> dict[
 def _best_common(record: "Record", journal: str, tokens: int) -> "TileConfig | None":
     """The fastest tile config that was measured for both GEMMs at once, if the journal is there and has one."""
     from moegen.interop import vllm
+    from moegen.interop.table import offered
     from moegen.tune.session import measured
 
     if "://" not in journal and not Path(journal).is_file():
         return None
     times = [(found.us, pair) for pair, found in measured(journal, record, tokens) if found.us and vllm.alike(pair)]
-    return min(times, key=lambda time: time[0])[1].gemm1 if times else None
+    return offered(min(times, key=lambda time: time[0])[1], record.variant, record.gpu).gemm1 if times else None
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from moegen.emit import emit
 from moegen.interop import sglang, vllm
 from moegen.interop.files import gpu_of, import_tiles, known_gpu, matching, nearest
 from moegen.interop.strict import MAX_BYTES, FileError, read_json
-from moegen.interop.table import FIELDS, IGNORED, read_table
+from moegen.interop.table import FIELDS, IGNORED, offered, read_table
 from moegen.plan import make_plan
 from moegen.runtime.configs import RecordError
 from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal
@@ -208,17 +208,32 @@ def test_as_the_engines_launch_it(tmp_path: Path) -> None:
 
 def test_illegal_here_is_left_out(tmp_path: Path) -> None:
     """vLLM ships hand-made entries that moegen's kernels have no tile for."""
-    data = {"1": {**ENTRY, "BLOCK_SIZE_M": 8}, "2": ENTRY, "4": {**ENTRY, "BLOCK_SIZE_N": 256, "num_stages": 8}}
+    data = {"1": {**ENTRY, "BLOCK_SIZE_M": 4}, "2": ENTRY, "4": {**ENTRY, "BLOCK_SIZE_N": 256, "num_stages": 8}}
     path = tuned_file(tmp_path, data)
     found = import_tiles(path, LAYER, layer_of(LAYER), H200)
     assert list(found.tiles) == [2]
     assert [line.split(": ")[1] for line in found.skipped] == ["1", "4"]
-    assert "BLOCK_SIZE_M=8 is outside 16..512" in found.skipped[0]
+    assert "BLOCK_SIZE_M=4 is outside" in found.skipped[0]
 
 
 def test_nothing_legal_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"1: gemm1: BLOCK_SIZE_M=8.*no token count"):
-        imported(tuned_file(tmp_path, {"1": {**ENTRY, "BLOCK_SIZE_M": 8}}))
+    with pytest.raises(FileError, match=r"1: gemm1: BLOCK_SIZE_M=4.*no token count"):
+        imported(tuned_file(tmp_path, {"1": {**ENTRY, "BLOCK_SIZE_M": 4}}))
+
+
+@pytest.mark.parametrize(("quant", "exported"), [("none", 16), ("fp8_w8a8:128x128", 8)])
+def test_eight_tokens(quant: str, exported: int, tmp_path: Path) -> None:
+    """Both projects launch them with swapped operands only, which they have for fp8 alone."""
+    layer = variant(quant)
+    name = vllm.file_name(layer, "NVIDIA_H200")
+    found = imported(tuned_file(tmp_path, {"1": {**ENTRY, "BLOCK_SIZE_M": 8}}, name), layer)[1]
+    assert found.gemm1 == replace(UP, BLOCK_SIZE_M=8, SWAP_AB=True)
+    assert exported == offered(found, layer, H200).gemm1.BLOCK_SIZE_M
+    narrow = LayerTiles(found.gemm1, replace(found.gemm2, BLOCK_SIZE_N=32))
+    assert {tile.BLOCK_SIZE_M for tile in (offered(narrow, layer, H200).gemm1, offered(narrow, layer, H200).gemm2)} == {
+        16
+    }
+    assert offered(found, layer, TARGETS["cuda:100"]).gemm1.BLOCK_SIZE_M == 16
 
 
 def test_nearest_is_the_engines_rule() -> None:
@@ -531,10 +546,10 @@ def test_measured_buckets_stay(package: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_import_names_what_it_leaves_out(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tuned_file(tmp_path, {"1": ENTRY, "16": {**ENTRY, "BLOCK_SIZE_M": 8}})
+    path = tuned_file(tmp_path, {"1": ENTRY, "16": {**ENTRY, "BLOCK_SIZE_M": 4}})
     code, _, messages = run(capsys, "import", path, package)
     assert code == 0
-    assert f"left out: {path}: 16: gemm1: BLOCK_SIZE_M=8" in messages
+    assert f"left out: {path}: 16: gemm1: BLOCK_SIZE_M=4" in messages
 
 
 def test_import_for_another_gpu(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
