@@ -38,9 +38,9 @@ over an imported one, then today's kernels over older ones, then the newer Trito
 
 EXPORT = """\
 Writes the tuned files that vLLM or SGLang look up, under their names and in their schemas. Fields that they do not know
-(SWAP_AB, PDL, family) are left out, and a BLOCK_SIZE_M of 8 becomes 16 where they cannot launch it. Their kernels are not
+(SWAP_AB, PDL, family) are left out; a BLOCK_SIZE_M of 8 becomes 16 where they cannot launch it. Their kernels are not
 moegen's: what is best here is a good guess there; `moegen tune --engine vllm` measures vLLM's own. vLLM has one tile
-config for both GEMMs: the best common one that was measured, if the tuning journal has one, else gemm1's, which is said."""
+config for both GEMMs: the best common one that was measured, if the journal has one, else gemm1's, which is said."""
 
 IMPORT = """\
 Reads a tuned file of vLLM or SGLang (and SGLang's _down file beside it) and adds its tile configs to the package's
