@@ -222,7 +222,9 @@ def _decoded_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
 
 
 def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
-    """Few tokens, 8-bit operands: tiles of one wgmma, of half of one where there are few programs."""
+    """Few tokens, 8-bit operands: mma.sync, whose token side is 8 wide (Triton's wgmma has 16), half as many rows where
+    there are few programs.
+    """
     if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
         return TileConfig(block_m, 32, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=2, num_stages=4)
     if lone_slots:

@@ -80,7 +80,9 @@ def _tensor_core_complaints(record: Record) -> list[str]:
         # the M side of wgmma has 64 rows; with SWAP_AB it is filled by weight rows
         side = sizes["BLOCK_SIZE_N"] if sizes["SWAP_AB"] == "True" else sizes["BLOCK_SIZE_M"]
         # Two warps on purpose: weights decoded in registers go to mma.sync without a way through shared memory.
-        if int(side) >= 64 and int(sizes["num_warps"]) >= 4 and not instruction.startswith("wgmma"):
+        # And 8 tokens are mma.sync's other side: Triton's wgmma has 16 at least.
+        wide = int(side) >= 64 and int(sizes["BLOCK_SIZE_M"]) >= 16 and int(sizes["num_warps"]) >= 4
+        if wide and not instruction.startswith("wgmma"):
             return [f"{instruction} in place of wgmma"]
     return []
 
