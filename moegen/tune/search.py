@@ -27,11 +27,9 @@ BATCH = 8  # configs of one GEMM that are asked for, and compiled, together
 SAMPLED = 2  # of them from TPE; the others are neighbours of the best ones
 PARENTS = 3  # best configs whose neighbours are tried
 STARTUP = 10  # configs after which TPE has a model
-STALE = 40  # asks without a new config after which TPE is left alone for a batch
-# A BLOCK_SIZE_M is given up when its best pair is this much slower than the best of all, after the first round, the
-# second … each round measures one batch of each GEMM.
-MARGINS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01)
-AHEAD = 1
+STALE = 20  # asks in a row without a new config after which TPE has nothing more to say
+HANDICAP = 0.05  # a BLOCK_SIZE_M so much slower than the best is tried half as often, twice so much a third as often …
+AHEAD = 2  # batches that are compiled while one is measured
 FINALISTS = 8
 EXHAUSTED = 400  # a space of at most so many configs is measured as a whole
 
@@ -132,23 +130,21 @@ class _Run:
                 self._best[size] = pair
 
     def explore(self, stop: Callable[[], bool]) -> None:
-        """Measure batch after batch until the budget is spent; the next batch compiles while one is measured."""
+        """Measure batch after batch until the budget is spent; the next ones compile while one is measured."""
         waiting: deque[tuple[int, str, list[TileConfig]]] = deque()
         for turn in itertools.count():
-            sizes, asked = self._promising(turn), 0
-            for size, op in itertools.product(sizes, ("gemm1", "gemm2")):
+            if not any(side.left for sides in self._sides.values() for side in sides):
+                break
+            for size, op in itertools.product(self._promising(turn), ("gemm1", "gemm2")):
                 if stop() or len(self._known) >= self._budget:
                     return
                 batch = self._side(size, op).ask(BATCH)
                 self._measurer.prefetch(self._space.tokens, [replace(self._best[size], **{op: t}) for t in batch])
                 waiting.append((size, op, batch))
-                asked += len(batch)
                 if len(waiting) > AHEAD:
                     self._measure_batch(*waiting.popleft())
-            if not asked:  # there is nothing left to ask for
-                for batch_of in waiting:
-                    self._measure_batch(*batch_of)
-                return
+        for batch_of in waiting:
+            self._measure_batch(*batch_of)
 
     def decide(self) -> Found:
         """Compare the best pairs side by side, the default among them."""
@@ -173,11 +169,9 @@ class _Run:
         return Found(winner, times[winner], results[winner].spread, times.get(default), tried, dict(failures))
 
     def _promising(self, turn: int) -> list[int]:
-        """The BLOCK_SIZE_M that are still in the race."""
-        if self._space.size <= EXHAUSTED or not self._best:
-            return list(self._best)
-        limit = min(self._us(size) for size in self._best) * (1 + MARGINS[min(turn, len(MARGINS)) - 1])
-        return [size for size in self._best if turn == 0 or self._us(size) <= limit]
+        """The BLOCK_SIZE_M whose turn it is: the best one always, the others the more rarely the slower they are."""
+        best = min((self._us(size) for size in self._best), default=0.0)
+        return [size for size in self._best if turn % (1 + int((self._us(size) / best - 1) / HANDICAP)) == 0]
 
     def _measure_batch(self, size: int, op: str, batch: Sequence[TileConfig]) -> None:
         side = self._side(size, op)
@@ -213,8 +207,9 @@ class _Side:
     def __init__(self, space: Space, start: TileConfig, seed: int) -> None:
         self._space = space
         self.cost = {start: 0.0}
-        self._left = dict.fromkeys(tile for tile in space.tiles if tile != start)  # not asked yet
+        self.left = dict.fromkeys(tile for tile in space.tiles if tile != start)  # configs not asked for yet
         self._asked: dict[TileConfig, Trial] = {}
+        self._stale = 0
         self._distributions: dict[str, BaseDistribution] = {
             field: IntDistribution(0, len(values) - 1) for field, values in space.axes.items()
         }
@@ -225,12 +220,12 @@ class _Side:
     def ask(self, count: int) -> list[TileConfig]:
         """At most `count` configs that have not been asked for; fewer only when there are no more."""
         asked: list[TileConfig] = []
-        for source, enough in ((self._sampled(), SAMPLED), (self._neighbours(), count), (iter([*self._left]), count)):
+        for source, enough in ((self._sampled(), SAMPLED), (self._neighbours(), count), (iter([*self.left]), count)):
             for tile in source:
                 if len(asked) >= enough:
                     break
-                if tile in self._left:
-                    del self._left[tile]
+                if tile in self.left:
+                    del self.left[tile]
                     asked.append(tile)
         return asked
 
@@ -245,11 +240,13 @@ class _Side:
             yield from self._space.neighbours(parent)
 
     def _sampled(self) -> Iterator[TileConfig]:
-        """Configs that TPE asks for; it repeats itself, and it does not know which are illegal."""
-        for _ in range(STALE):
+        """Configs that TPE asks for; it does not know which are illegal, and in the end it repeats itself."""
+        while self._stale < STALE and self.left:
             trial = self._study.ask(self._distributions)
             tile = self._space.tile(trial.params)
-            if tile in self._left:
+            self._stale += 1
+            if tile in self.left:
+                self._stale = 0
                 self._asked[tile] = trial
                 yield tile
             elif tile in self.cost:

@@ -13,7 +13,7 @@ from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, default_tiles, why
 FAMILY = "portable"
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     FAMILY: {
-        "BLOCK_SIZE_M": (16, 32, 64, 128),
+        "BLOCK_SIZE_M": (8, 16, 32, 64, 128),
         "BLOCK_SIZE_N": (32, 64, 128, 256),
         "BLOCK_SIZE_K": (64, 128, 256),
         "GROUP_SIZE_M": (1, 8, 16, 64),
@@ -25,6 +25,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 LONG_RUNS = 64  # mean slots per expert above which M blocks of one expert follow each other and GROUP_SIZE_M counts
 SMALL_M, SWAPPED_M = 32, 64  # largest BLOCK_SIZE_M at which fewer warps than a warpgroup, and SWAP_AB, are plausible
+ACCUMULATORS = 128  # a thread, of its 255 registers: more than these spill
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,13 @@ def _starts(
 ) -> dict[int, LayerTiles]:
     """Plausible BLOCK_SIZE_M -> the heuristic's pair there: the default's, half and twice as much.
 
-    Alone on its M block (low latency), a slot needs the smallest one only.
+    Alone on its M block (low latency), a slot needs no other than the default's.
     """
     preferred, mean = default.gemm1.BLOCK_SIZE_M, _mean_slots(gemm1, tokens)
+    least = default_tiles(gemm1, gemm2, 1, device, True).gemm1.BLOCK_SIZE_M  # the heuristic never takes a smaller one
     found = {}
     for size in AXES[FAMILY]["BLOCK_SIZE_M"]:
-        near = preferred // 2 <= size <= 2 * preferred and (2 * size >= mean or size >= 64)
+        near = max(least, preferred // 2) <= size <= 2 * preferred and (2 * size >= mean or size >= 64)
         if size == preferred:
             found[size] = default
         elif near and not low_latency:
@@ -159,7 +161,8 @@ def _tiles(gemm: Gemm, start: TileConfig, tokens: int, device: DeviceFacts, low_
         axes["num_warps"] = tuple(warps for warps in axes["num_warps"] if warps >= 4)
     for values in itertools.product(*axes.values()):
         tile = TileConfig(**dict(zip(axes, values, strict=True)), family=start.family)
-        if why_illegal(tile, gemm, device) is None:
+        accumulators = block_m * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
+        if tile == start or (accumulators <= ACCUMULATORS and why_illegal(tile, gemm, device) is None):
             yield tile
 
 
