@@ -12,7 +12,7 @@ own: after an interruption it is run again from the start, and the journal answe
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import optuna
@@ -23,13 +23,13 @@ from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.space import LayerSpace, Space
 from moegen.tune.trial import Measurement, Measurer, Status
 
-BATCH = 8  # configs of one GEMM that are asked for, and compiled, together
-SAMPLED = 2  # of them from TPE; the others are neighbours of the best ones
+BATCH = 5  # configs of one GEMM that are asked for, and compiled, together
+SAMPLED = 1  # of them from TPE, the others neighbours of the best ones
 PARENTS = 3  # best configs whose neighbours are tried
 STARTUP = 10  # configs after which TPE has a model
-STALE = 40  # asks without a new config after which TPE is left alone for a batch
+STALE = 6  # asks in a row without a new config after which TPE has nothing more to say
 HANDICAP = 0.05  # a BLOCK_SIZE_M so much slower than the best is tried half as often, twice so much a third as often …
-AHEAD = 2  # batches that are compiled while one is measured
+AHEAD = 5  # batches that are compiled while one is measured
 FINALISTS = 8
 EXHAUSTED = 400  # a space of at most so many configs is measured as a whole
 
@@ -133,13 +133,15 @@ class _Run:
         """Measure batch after batch until the budget is spent; the next ones compile while one is measured."""
         waiting: deque[tuple[int, str, list[TileConfig]]] = deque()
         for turn in itertools.count():
-            if not any(side.left for sides in self._sides.values() for side in sides):
+            if not any(side.left or side.sampled for sides in self._sides.values() for side in sides):
                 break
             for size, op in itertools.product(self._promising(turn), ("gemm1", "gemm2")):
                 if stop() or len(self._known) >= self._budget:
                     return
-                batch = self._side(size, op).ask(BATCH)
-                self._measurer.prefetch(self._space.tokens, [replace(self._best[size], **{op: t}) for t in batch])
+                side = self._side(size, op)
+                batch = side.ask(BATCH)
+                soon = [replace(self._best[size], **{op: tile}) for tile in batch + side.sampled]
+                self._measurer.prefetch(self._space.tokens, soon)
                 waiting.append((size, op, batch))
                 if len(waiting) > AHEAD:
                     self._measure_batch(*waiting.popleft())
@@ -169,7 +171,7 @@ class _Run:
         return Found(winner, times[winner], results[winner].spread, times.get(default), tried, dict(failures))
 
     def _promising(self, turn: int) -> list[int]:
-        """The BLOCK_SIZE_M whose turn it is: the best one's every time, others the more rarely the slower they are."""
+        """The BLOCK_SIZE_M whose turn it is: the best one always, the others the more rarely the slower they are."""
         best = min((self._us(size) for size in self._best), default=0.0)
         return [size for size in self._best if turn % (1 + int((self._us(size) / best - 1) / HANDICAP)) == 0]
 
@@ -208,7 +210,9 @@ class _Side:
         self._space = space
         self.cost = {start: 0.0}
         self.left = dict.fromkeys(tile for tile in space.tiles if tile != start)  # configs not asked for yet
+        self.sampled: list[TileConfig] = []  # asked of TPE, not measured yet
         self._asked: dict[TileConfig, Trial] = {}
+        self._stale = 0
         self._distributions: dict[str, BaseDistribution] = {
             field: IntDistribution(0, len(values) - 1) for field, values in space.axes.items()
         }
@@ -217,16 +221,23 @@ class _Side:
         self._learn(start, 0.0)
 
     def ask(self, count: int) -> list[TileConfig]:
-        """At most `count` configs that have not been asked for; fewer only when there are no more."""
-        asked: list[TileConfig] = []
-        for source, enough in ((self._sampled(), SAMPLED), (self._neighbours(), count), (iter([*self.left]), count)):
-            for tile in source:
-                if len(asked) >= enough:
-                    break
-                if tile in self.left:
-                    del self.left[tile]
-                    asked.append(tile)
+        """At most `count` configs that have not been asked for; fewer only when there are no more.
+
+        `sampled` are TPE's for the next time. Theirs are the kernels that have never been compiled for another bucket
+        or parent, and TPE loses little by waiting.
+        """
+        asked, self.sampled = self.sampled, []
+        self._take(itertools.chain(self._neighbours(), [*self.left]), count, asked)
+        self._take(self._sampled(), SAMPLED, self.sampled)
         return asked
+
+    def _take(self, source: Iterable[TileConfig], enough: int, into: list[TileConfig]) -> None:
+        for tile in source:
+            if len(into) >= enough:
+                return
+            if tile in self.left:
+                del self.left[tile]
+                into.append(tile)
 
     def tell(self, tile: TileConfig, cost: float | None) -> None:
         """The cost of a config that was asked for, None if it failed."""
@@ -239,11 +250,13 @@ class _Side:
             yield from self._space.neighbours(parent)
 
     def _sampled(self) -> Iterator[TileConfig]:
-        """Configs that TPE asks for; it repeats itself, and it does not know which are illegal."""
-        for _ in range(STALE):
+        """Configs that TPE asks for; it does not know which are illegal, and in the end it repeats itself."""
+        while self._stale < STALE and self.left:
             trial = self._study.ask(self._distributions)
             tile = self._space.tile(trial.params)
+            self._stale += 1
             if tile in self.left:
+                self._stale = 0
                 self._asked[tile] = trial
                 yield tile
             elif tile in self.cost:
