@@ -11,6 +11,7 @@ class KernelQuant:
 
     scheme         the scheme itself
     template       skeleton that gemm1 and gemm2 extend
+    tma_template   the one that gemm1_tma and gemm2_tma extend; "" = the tma family has none for this scheme
     accumulator    Triton type of the accumulator
     dot_arguments  further arguments of tl.dot
     values         Triton expression: real weights of a tile
@@ -21,6 +22,7 @@ class KernelQuant:
 
     scheme: Scheme
     template: str
+    tma_template: str = ""
     accumulator: str = "tl.float32"
     dot_arguments: str = ""
     values: str = ""
@@ -40,14 +42,20 @@ def kernel_quant(scheme: Scheme) -> KernelQuant:
         return KernelQuant(scheme=scheme, template="kernels/grouped_gemm.py.jinja")
     if scheme.mode in ("fp8_w8a8", "int8_w8a8"):
         if scheme.kind == "NxK":
-            template = "kernels/grouped_gemm_w8a8_block.py.jinja"
-            return KernelQuant(scheme=scheme, template=template, imports=("decode_scale",))
-        template = "kernels/grouped_gemm_w8a8.py.jinja"
-        if scheme.mode == "int8_w8a8":  # int32 holds every product of a reduction of up to 133 000 steps
             return KernelQuant(
-                scheme=scheme, template=template, accumulator="tl.int32", dot_arguments=", out_dtype=tl.int32"
+                scheme=scheme,
+                template="kernels/grouped_gemm_w8a8_block.py.jinja",
+                tma_template="kernels/tma_w8a8_block.py.jinja",
+                imports=("decode_scale",),
             )
-        return KernelQuant(scheme=scheme, template=template, dot_arguments=_FP8_SUMS)
+        exact = scheme.mode == "int8_w8a8"  # int32 holds every product of a reduction of up to 133 000 steps
+        return KernelQuant(
+            scheme=scheme,
+            template="kernels/grouped_gemm_w8a8.py.jinja",
+            tma_template="kernels/tma_w8a8.py.jinja",
+            accumulator="tl.int32" if exact else "tl.float32",
+            dot_arguments=", out_dtype=tl.int32" if exact else _FP8_SUMS,
+        )
     values, zeros, left_over = _weight_values(scheme)
     loads = ["load_groups"] if scheme.group_k else ["decode_scale"]
     loads += [zeros] if scheme.zero_points else []

@@ -91,6 +91,9 @@ def _tiles(path: Path, key: str, entry: object, layer: Layer, device: DeviceFact
     if tiles["gemm1"].BLOCK_SIZE_M != tiles["gemm2"].BLOCK_SIZE_M:
         sizes = f"{tiles['gemm1'].BLOCK_SIZE_M} and {tiles['gemm2'].BLOCK_SIZE_M}"
         raise RecordError(f"{path}: buckets.{key}: BLOCK_SIZE_M of gemm1 and gemm2 are {sizes}; allowed: one value")
+    if tiles["gemm1"].family != tiles["gemm2"].family:
+        names = f"{tiles['gemm1'].family} and {tiles['gemm2'].family}"
+        raise RecordError(f"{path}: buckets.{key}: family of gemm1 and gemm2 are {names}; allowed: one value")
     return LayerTiles(tiles["gemm1"], tiles["gemm2"])
 
 
@@ -100,23 +103,30 @@ class Configs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._records: dict[tuple[str, DeviceFacts], dict[int, LayerTiles]] = {}
-        self._chosen: dict[tuple[str, int, bool, DeviceFacts], LayerTiles] = {}
+        self._chosen: dict[tuple[str, int, bool, DeviceFacts, bool], LayerTiles] = {}
 
-    def tiles(self, layer: Layer, tokens: int, expert_map: torch.Tensor | None, device: DeviceFacts) -> LayerTiles:
-        """Tile configs of `layer` for `tokens` >= 1 tokens on `device`.
+    def tiles(
+        self,
+        layer: Layer,
+        tokens: int,
+        expert_map: torch.Tensor | None,
+        device: DeviceFacts,
+        portable: bool = False,
+    ) -> LayerTiles:
+        """Tile configs of `layer` for `tokens` >= 1 tokens on `device`; with `portable` the heuristic's in any case.
 
         A record answers for token counts within half an octave of one of its buckets, the nearest in log space; the
         heuristic answers for the rest, by bucket, so that the kernels stay few.
         """
         low_latency = is_low_latency(layer, tokens, expert_map)
-        key = (layer.slug, tokens, low_latency, device)
+        key = (layer.slug, tokens, low_latency, device, portable)
         chosen = self._chosen.get(key)
         if chosen is None:
-            chosen = self._chosen[key] = self._choose(layer, tokens, low_latency, device)
+            chosen = self._chosen[key] = self._choose(layer, tokens, low_latency, device, portable)
         return chosen
 
-    def _choose(self, layer: Layer, tokens: int, low_latency: bool, device: DeviceFacts) -> LayerTiles:
-        record = self._record(layer, device)
+    def _choose(self, layer: Layer, tokens: int, low_latency: bool, device: DeviceFacts, portable: bool) -> LayerTiles:
+        record = {} if portable else self._record(layer, device)
         if record:
             bucket = bucket_of(tokens, tuple(sorted(record)))
             if max(bucket / tokens, tokens / bucket) <= math.sqrt(2):

@@ -64,6 +64,64 @@ def split_gate_up(acc, SPAN: tl.constexpr, SWAP_AB: tl.constexpr):
 
 
 @triton.jit
+def group_scale(largest, LEAST: tl.constexpr, LARGEST: tl.constexpr, UE8M0: tl.constexpr):
+    """Scale of a group of activations whose largest magnitude is `largest`: LARGEST is what the 8-bit type holds."""
+    step = tl.div_rn(tl.maximum(largest, LEAST), LARGEST)
+    if UE8M0:  # up to the next power of two: add all mantissa bits, then cut them off
+        bits = step.to(tl.int32, bitcast=True) + 0x7FFFFF
+        step = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    return step
+
+
+@triton.jit
+def divide(values, step):
+    """values / step, correctly rounded, for one division a step instead of one a value (Markstein's algorithm)."""
+    inverse = tl.div_rn(1.0, step)
+    quotient = values * inverse
+    return tl.fma(tl.fma(-quotient, step, values), inverse, quotient)
+
+
+@triton.jit
+def to_8_bit(scaled, LARGEST: tl.constexpr, dtype: tl.constexpr):
+    """Clamp and round to nearest values that are divided by their scale."""
+    scaled = tl.clamp(scaled, -LARGEST, LARGEST)
+    if dtype == tl.int8:
+        scaled = tl.floor(scaled + 0.5)
+    return scaled.to(dtype)
+
+
+@triton.jit
+def split_halves(acc):
+    """[M, N] -> the left and the right N / 2 columns; moves no data between threads for a tensor-core accumulator."""
+    M: tl.constexpr = acc.shape[0]
+    HALF: tl.constexpr = acc.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(acc, (M, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def store_rows(
+    out, out_scale, values, rows, live, column, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, UE8M0: tl.constexpr
+):
+    """Store values [M, N] in the columns from `column` on of the rows [M] of out, which has COLUMNS columns.
+
+    With out_scale [rows, ceil(COLUMNS / N)] they are quantised, N columns a group: to the same bits as values of the
+    type DTYPE by `quantise`.
+    """
+    N: tl.constexpr = values.shape[1]
+    columns = column + tl.arange(0, N)
+    inside = live[:, None] & (columns < COLUMNS)[None, :]
+    rows = rows.to(tl.int64)
+    if out_scale is not None:
+        LARGEST: tl.constexpr = 127.0 if out.dtype.element_ty == tl.int8 else 448.0
+        values = tl.where((columns < COLUMNS)[None, :], values.to(DTYPE).to(tl.float32), 0.0)
+        step = group_scale(tl.max(tl.abs(values), 1), 1e-10, LARGEST, UE8M0)
+        scales = out_scale + rows * ((COLUMNS + N - 1) // N) + column // N
+        tl.store(scales, step, mask=live & (column < COLUMNS))
+        values = to_8_bit(divide(values, step[:, None]), LARGEST, out.dtype.element_ty)
+    tl.store(out + rows[:, None] * COLUMNS + columns[None, :], values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def along_tokens(values, SWAP_AB: tl.constexpr):
     """A vector over the tile's tokens, ready to broadcast against the accumulator."""
     if SWAP_AB:

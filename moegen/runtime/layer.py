@@ -14,6 +14,7 @@ from .quant import Scheme
 from .quantise import Activations, Slots, quantise
 from .reduce import reduce_launch_key, top_k_reduce
 from .tile import Gemm, LayerTiles, TileConfig
+from .tma import run_tma
 from .weight import Weight
 
 # sorted_token_ids, expert_ids, num_tokens_post_padded; the first and the last are None for the low-latency assignment.
@@ -71,6 +72,8 @@ class Layer:
             w_bits=8 // self.scheme.row.values_per_byte if self.scheme.kind else 8 * size,
             group_k=self.scheme.group_k,
             zero_points=self.scheme.zero_points,
+            group_n=self.scheme.group_n if self.scheme.kind == "NxK" else 0,
+            interleaved=op == "gemm1" and self.activation.interleaved,
         )
 
 
@@ -98,7 +101,7 @@ def is_low_latency(layer: Layer, tokens: int, expert_map: torch.Tensor | None) -
 def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> tuple[object, ...]:
     """Equal for two token counts iff they run the same compiled kernels."""
     reduce_key = reduce_launch_key(tokens, layer.hidden_size, layer.dtype.itemsize)
-    if is_low_latency(layer, tokens, expert_map):
+    if is_low_latency(layer, tokens, expert_map) and tiles.gemm1.family != "tma":
         return tiles, reduce_key, None
     return tiles, reduce_key, align_launch_key(tokens * layer.top_k, _aligned_experts(layer, expert_map))
 
@@ -110,6 +113,9 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     All memory comes from torch's caching allocator within the call: reused from call to call, and safe on every
     stream and in CUDA graphs.
     """
+    if tiles.gemm1.family == "tma":
+        run_tma(layer, call, tiles, _align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map))
+        return
     x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()
     assignment: Assignment

@@ -12,6 +12,7 @@ from .device import DeviceFacts, device_facts
 from .layer import Call, Layer, launch_key, run
 from .reference import moe_reference
 from .tile import LayerTiles
+from .tma import readable_by_tma
 from .weight import PARTS, Weight, named_tensors
 
 _WEIGHT_ARGUMENTS = ", ".join(
@@ -97,6 +98,8 @@ class Package:
         tokens = call.hidden_states.shape[0]
         device = device_facts(torch.cuda.current_device())
         tiles = self._configs.tiles(layer, tokens, call.expert_map, device)
+        if tiles.gemm1.family == "tma" and not readable_by_tma(call):
+            tiles = self._configs.tiles(layer, tokens, call.expert_map, device, portable=True)
         key = (layer.slug, tokens, device, *_variant(call))
         if key in self._seen:
             run(layer, call, tiles)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernel_parts import pdl_begin, pdl_option
+from .kernel_parts import divide, group_scale, pdl_begin, pdl_option, to_8_bit
 from .quant import Scheme
 from .reduce import is_live
 from .weight import FP8_MAX, INT8_MAX
@@ -130,23 +130,6 @@ def _some_groups(
     return row.to(tl.int64), column, live, inside
 
 
-@triton.jit
-def _divide(values, step):
-    """values / step, correctly rounded, for one division a step instead of one a value (Markstein's algorithm)."""
-    inverse = tl.div_rn(1.0, step)
-    quotient = values * inverse
-    return tl.fma(tl.fma(-quotient, step, values), inverse, quotient)
-
-
-@triton.jit
-def _store_quantised(pointers, values, mask, LARGEST: tl.constexpr):
-    """Clamp, round to nearest and store values that are already divided by their scale."""
-    values = tl.clamp(values, -LARGEST, LARGEST)
-    if pointers.dtype.element_ty == tl.int8:
-        values = tl.floor(values + 0.5)
-    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
-
-
 @triton.jit(
     do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
 )
@@ -177,18 +160,15 @@ def _quantise_groups(
         index, topk_ids, expert_map, num_experts, num_local, rows, DEPTH, GROUP, GROUP_BLOCK
     )
     values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
-    step = tl.div_rn(tl.maximum(tl.max(tl.abs(values), 1), LEAST), LARGEST)
-    if UE8M0:  # up to the next power of two: add all mantissa bits, then cut them off
-        bits = step.to(tl.int32, bitcast=True) + 0x7FFFFF
-        step = (bits & 0x7F800000).to(tl.float32, bitcast=True)
-    scaled = _divide(values, step[:, None])
+    step = group_scale(tl.max(tl.abs(values), 1), LEAST, LARGEST, UE8M0)
+    scaled = divide(values, step[:, None])
     stored = out + (row * DEPTH)[:, None] + column
     if FAKE:
         rounded = tl.clamp(scaled, -LARGEST, LARGEST).to(tl.float8e4nv).to(tl.float32)
         tl.store(stored, (rounded * step[:, None]).to(out.dtype.element_ty), mask=inside)
     else:
         tl.store(scale + index, step, mask=live)
-        _store_quantised(stored, scaled, inside, LARGEST)
+        tl.store(stored, to_8_bit(scaled, LARGEST, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -255,4 +235,5 @@ def _quantise_tensor(
         index, topk_ids, expert_map, num_experts, num_local, rows, DEPTH, GROUP, GROUP
     )
     values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
-    _store_quantised(out + (row * DEPTH)[:, None] + column, _divide(values, step), inside, LARGEST)
+    rounded = to_8_bit(divide(values, step), LARGEST, out.dtype.element_ty)
+    tl.store(out + (row * DEPTH)[:, None] + column, rounded, mask=inside)

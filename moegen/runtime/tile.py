@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from .device import DeviceFacts
 
-# One portable family so far; each row names the template family a tile config is for.
-FAMILIES = ("portable",)
+# Each name is that of a template family. "tma" is for 8-bit weights and activations on compute capability 9.0.
+FAMILIES = ("portable", "tma")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,8 @@ class Gemm:
     gated         gemm1 with a gated activation: the tile's rows are gate and up rows by turns
     a_bits, w_bits  bits of a stored activation and weight value
     group_k       reduction steps that share a scale, 0 = all
+    group_n       weight rows that share one, for block scales
+    interleaved   gate and up rows are stored by turns
     zero_points   whether weights have zero points
     """
 
@@ -87,6 +89,8 @@ class Gemm:
     w_bits: int
     group_k: int
     zero_points: bool = False
+    group_n: int = 0
+    interleaved: bool = False
 
     @property
     def is_float32(self) -> bool:
@@ -130,6 +134,9 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
         return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} is below the 32 steps of an 8-bit tensor-core product"
     if gemm.is_w8a8 and gemm.group_k % tile.BLOCK_SIZE_K:
         return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} does not divide the quant group of {gemm.group_k}"
+    reason = why_illegal_tma(tile, gemm, device) if tile.family == "tma" else None
+    if reason is not None:
+        return reason
     accumulators = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
     if accumulators > 256:
         return f"{accumulators} accumulators per thread do not fit into 255 registers"
@@ -139,10 +146,45 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     return None
 
 
+def why_illegal_tma(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
+    """What `why_illegal` adds for the family "tma"."""
+    if not device.has_wgmma:
+        return f"family=tma needs compute capability 9.0, not {device.backend} {device.arch}"
+    if not gemm.is_w8a8:
+        return f"family=tma is for 8-bit weights and activations, not {gemm.w_bits} and {gemm.a_bits} bits"
+    if tile.SWAP_AB:
+        return "SWAP_AB is not for family=tma"
+    if gemm.depth % 16:
+        return f"rows of {gemm.depth} bytes are not the multiple of 16 that TMA needs"
+    if max(tile.BLOCK_SIZE_M, tile.BLOCK_SIZE_N, tile.BLOCK_SIZE_K) > 256:
+        return "family=tma has blocks of at most 256"
+    if not gemm.group_k:
+        return None
+    if gemm.group_n % (tile.BLOCK_SIZE_N // 2) or (
+        gemm.group_n > tile.BLOCK_SIZE_N and gemm.group_n % tile.BLOCK_SIZE_N
+    ):
+        return f"BLOCK_SIZE_N={tile.BLOCK_SIZE_N} does not fit weight scales of {gemm.group_n} rows"
+    if gemm.gated and not gemm.interleaved and gemm.rows // 2 % gemm.group_n:
+        return f"gate and up rows share weight scales of {gemm.group_n} rows"
+    return None
+
+
+def flattens(gemm: Gemm) -> bool:
+    """Whether a program of the family "tma" loads its next tile while it stores one.
+
+    Not where tokens are gathered or products scaled at every step, since there it was slower
+    (docs/results/h200-tma-prototype.csv).
+    """
+    return gemm.op == "gemm2" and not gemm.group_k
+
+
 def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
     """Bytes of shared memory that the pipelined operand tiles take: an upper bound (mma.sync drops one stage)."""
     bits = tile.BLOCK_SIZE_M * gemm.a_bits + tile.BLOCK_SIZE_N * gemm.w_bits
     operands = bits * tile.BLOCK_SIZE_K * tile.num_stages // 8
+    if tile.family == "tma":
+        stored = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N  # half of the columns at a time, of 16 bits
+        return operands + stored if flattens(gemm) else max(operands, stored)
     if gemm.w_bits < gemm.a_bits:  # weights decoded in registers may pass through one more tile
         operands += tile.BLOCK_SIZE_N * tile.BLOCK_SIZE_K * gemm.a_bits // 8
     epilogue = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N * 4 // (2 if gemm.gated else 1)
@@ -150,7 +192,7 @@ def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
 
 
 def default_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerTiles:
-    """The heuristic: tile configs for `tokens` tokens when no tuned record covers them.
+    """The heuristic: tile configs for `tokens` tokens when no tuned record covers them; of the portable family.
 
     From sweeps of Qwen3-30B-A3B and Mixtral-8x7B in bf16 on an H200 (docs/performance.md); on GPUs without wgmma it is
     the shape of vLLM's defaults.

@@ -17,7 +17,7 @@ from moegen.device import TARGETS
 from moegen.emit import emit
 from moegen.load import import_package
 from moegen.plan import make_plan
-from tests.compile.sweep import SCHEMES, TILED, cases
+from tests.compile.sweep import SCHEMES, TILED, TMA_CASES, cases
 from tests.support.packages import spec_of
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +25,9 @@ OLDER = "3.6.0"
 OLDER_FOLDER = ROOT / f".triton-{OLDER}"
 WANTED = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
 GEMMS = ("gemm1", "gemm2")
+TMA_GEMMS = ("gemm1_tma", "gemm2_tma")
+# Two products and their sums fill the registers of wide tiles: some addresses go to memory, outside the loop.
+MOST_SPILLS = dict.fromkeys(TMA_GEMMS, 32)
 # Triton has no conversion from or to e4m3 on compute capability 8.0, and these schemes store or compute with it.
 NO_FP8 = {
     "cuda:80": tuple(q for q in (*SCHEMES, "fp8_w8a8:128x128") if q.startswith(("fp8", "mxfp8", "nvfp4", "mxfp4_w4a8")))
@@ -64,9 +67,9 @@ def complaints(record: Record) -> list[str]:
         found.append(f"{record['shared_memory']} bytes of shared memory, {limit} are there")
     if not 0 < record["registers"] <= MOST_REGISTERS[backend]:
         found.append(f"{record['registers']} registers")
-    if target == "cuda:90" and dtype == "bf16" and record["spills"]:
+    if target == "cuda:90" and dtype == "bf16" and record["spills"] > MOST_SPILLS.get(record["kernel"], 0):
         found.append(f"spills {record['spills']} bytes")
-    if record["kernel"] in GEMMS and dtype != "fp32":
+    if record["kernel"] in GEMMS + TMA_GEMMS and dtype != "fp32":
         found += _tensor_core_complaints(record)
     return found
 
@@ -78,7 +81,7 @@ def _tensor_core_complaints(record: Record) -> list[str]:
     if record["target"] == "cuda:90":
         sizes = constants(record)
         # the M side of wgmma has 64 rows; with SWAP_AB it is filled by weight rows
-        side = sizes["BLOCK_SIZE_N"] if sizes["SWAP_AB"] == "True" else sizes["BLOCK_SIZE_M"]
+        side = sizes["BLOCK_SIZE_N"] if sizes.get("SWAP_AB") == "True" else sizes["BLOCK_SIZE_M"]
         # Two warps on purpose: weights decoded in registers go to mma.sync without a way through shared memory.
         # And 8 tokens are mma.sync's other side: Triton's wgmma has 16 at least.
         wide = int(side) >= 64 and int(sizes["BLOCK_SIZE_M"]) >= 16 and int(sizes["num_warps"]) >= 4
@@ -110,6 +113,8 @@ def assert_complete(records: list[Record], target: str) -> None:
             continue
         assert {*GEMMS, "top_k_reduce_kernel"} <= kernels, case
         assert tokens == 1 or any(kernel.startswith("align") for kernel in kernels), case
+    found = {(record["case"], record["kernel"]) for record in records if record["kernel"] in TMA_GEMMS}
+    assert found == ({(case, kernel) for case in TMA_CASES for kernel in TMA_GEMMS} if target == "cuda:90" else set())
     blocks = {constants(r)["BLOCK_SIZE_M"] for r in records if r["case"] == "tiles" and r["kernel"] in GEMMS}
     assert {"16", "32", "64", "128"} <= blocks
 
