@@ -4,7 +4,7 @@
 
 Writes one file a layer and token count, as moegen/tune/replay.py describes it. The time is that of the whole layer in a
 CUDA graph with cold weights, half of its calls with balanced and half with power-law routing; the other GEMM keeps the
-heuristic's tile config at that BLOCK_SIZE_M. Candidates compile ahead on all other cores, while others are measured.
+heuristic's tile config of that kind. Candidates compile ahead on all other cores, while others are measured.
 """
 
 import argparse
@@ -47,12 +47,12 @@ class Cell:
     sweep: Sweep
 
     def candidates(self) -> Iterator[tuple[str, TileConfig, LayerTiles]]:
-        """(op, its tile config, the pair to launch), BLOCK_SIZE_M by BLOCK_SIZE_M; the pair of starts comes first."""
+        """(op, its tile config, the pair to launch), kind by kind; the pair of starts comes first."""
         space = self.sweep.space
-        for block_m in space.block_sizes:
-            start = space.start(block_m)
+        for kind in space.kinds:
+            start = space.start(kind)
             for op in OPS:
-                own = getattr(space, op)[block_m]
+                own = getattr(space, op)[kind]
                 for tile in sorted(own.tiles, key=lambda tile: tile != own.start):
                     yield op, tile, replace(start, **{op: tile})
 
@@ -113,7 +113,7 @@ def _compile(folder: str, slug: str, tokens: int, target: str, op: str, tiles: L
     package = import_package(Path(folder))._dispatch._PACKAGE
     layer = next(layer for layer in package.layers if layer.slug == slug)
     call = meta_call(package, layer, tokens, target_facts(target))
-    found = compile_call(package, layer, call, tiles, target, lambda kernel: kernel == op)
+    found = compile_call(package, layer, call, tiles, target, lambda kernel: kernel.startswith(op))
     return next((kernel.error for kernel in found if kernel.error), "")
 
 

@@ -113,7 +113,7 @@ class Configs:
         device: DeviceFacts,
         portable: bool = False,
     ) -> LayerTiles:
-        """Tile configs of `layer` for `tokens` >= 1 tokens on `device`; with `portable` the heuristic's in any case.
+        """Tile configs of `layer` for `tokens` >= 1 tokens on `device`.
 
         A record answers for token counts within half an octave of one of its buckets, the nearest in log space; the
         heuristic answers for the rest, by bucket, so that the kernels stay few.
@@ -131,7 +131,7 @@ class Configs:
             bucket = bucket_of(tokens, tuple(sorted(record)))
             if max(bucket / tokens, tokens / bucket) <= math.sqrt(2):
                 return record[bucket]
-        return default_tiles(layer.gemm("gemm1"), layer.gemm("gemm2"), bucket_of(tokens), device, low_latency)
+        return default_tiles(layer.gemm("gemm1"), layer.gemm("gemm2"), bucket_of(tokens), device, low_latency, portable)
 
     def _record(self, layer: Layer, device: DeviceFacts) -> dict[int, LayerTiles]:
         key = (layer.slug, device)

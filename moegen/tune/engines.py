@@ -28,7 +28,7 @@ from moegen.tune.compile_pool import CompileWorker, Job
 from moegen.tune.gpu import GpuWorker, Setup, poisoned_memory
 from moegen.tune.record import layer_of
 from moegen.tune.sources import GpuSource
-from moegen.tune.space import LayerSpace, Space
+from moegen.tune.space import Kind, LayerSpace, Space
 from moegen.tune.workload import Bucket
 
 # The space of vLLM's own tuner, but for BLOCK_SIZE_M, of which only some are plausible for a token count.
@@ -69,7 +69,7 @@ def vllm_space(variant: VariantSpec, tokens: int, device: DeviceFacts) -> LayerS
     def legal(tile: TileConfig) -> bool:
         return not any(why_illegal(tile, gemm, device) for gemm in plain)
 
-    first: dict[int, Space] = {}
+    first: dict[Kind, Space] = {}
     for size in BLOCK_SIZES_M:
         if not default.BLOCK_SIZE_M // 2 <= size <= 2 * default.BLOCK_SIZE_M:
             continue
@@ -82,8 +82,8 @@ def vllm_space(variant: VariantSpec, tokens: int, device: DeviceFacts) -> LayerS
             tiles.append(default)
         if tiles:
             like = min(tiles, key=lambda tile: _distance(tile, default))
-            first[size] = Space(like, tuple(tiles))
-    second = {size: Space(placeholder(size), (placeholder(size),)) for size in first}
+            first[Kind("portable", size)] = Space(like, tuple(tiles))
+    second = {kind: Space(placeholder(kind.block_m), (placeholder(kind.block_m),)) for kind in first}
     return LayerSpace(tokens, LayerTiles(default, placeholder(default.BLOCK_SIZE_M)), first, second)
 
 

@@ -2,7 +2,7 @@
 
 A sweep is a gzipped CSV whose first line is a comment with the facts of the cell as JSON, so that its space can be
 built without the package it was measured with. Its rows vary one GEMM at a time, beside the heuristic's tile config of
-the other GEMM at that BLOCK_SIZE_M (`LayerSpace.start`); `us` is the time of the whole layer.
+the other GEMM of that kind (`LayerSpace.start`); `us` is the time of the whole layer.
 """
 
 import csv
@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import Gemm, LayerTiles, TileConfig
-from moegen.tune.space import LayerSpace, layer_space
+from moegen.tune.space import LayerSpace, kind_of, layer_space
 from moegen.tune.trial import Measurement, Status
 
 OPS = ("gemm1", "gemm2")
@@ -93,8 +93,8 @@ def _tile(row: dict[str, str]) -> TileConfig:
 class Replay:
     """A Measurer over sweeps of one layer, one a token count.
 
-    The time of a pair is that of the two starts plus what each GEMM's own config adds to it: at one BLOCK_SIZE_M the
-    GEMMs run one after the other. noise: relative deviation of a simulated measurement, 0 = the recorded times.
+    The time of a pair is that of the two starts plus what each GEMM's own config adds to it: of one kind, the GEMMs
+    run one after the other. noise: relative deviation of a simulated measurement, 0 = the recorded times.
 
     measured counts what was asked, comparisons included.
     """
@@ -127,7 +127,7 @@ class Replay:
     def true(self, tokens: int, tiles: LayerTiles) -> Measurement:
         """The recorded time of this pair without noise."""
         sweep = self.sweeps[tokens]
-        start = sweep.space.start(tiles.gemm1.BLOCK_SIZE_M)
+        start = sweep.space.start(kind_of(tiles))
         starts = [sweep.results[op][getattr(start, op)] for op in OPS]
         own = [sweep.results[op][getattr(tiles, op)] for op in OPS]
         times = [found.us for found in (*starts, *own)]
@@ -141,10 +141,10 @@ class Replay:
         """The best pair of a sweep and its time, µs."""
         sweep = self.sweeps[tokens]
         pairs = []
-        for block_m in sweep.space.block_sizes:
+        for kind in sweep.space.kinds:
             best = []
             for op in OPS:
-                times = {t: sweep.results[op][t].us for t in getattr(sweep.space, op)[block_m].tiles}
+                times = {t: sweep.results[op][t].us for t in getattr(sweep.space, op)[kind].tiles}
                 timed = {tile: us for tile, us in times.items() if us is not None}
                 best += [min(timed, key=timed.__getitem__)] if timed else []
             if len(best) == len(OPS):

@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import Trial, TrialState, create_trial
 
 from moegen.runtime.tile import LayerTiles, TileConfig
-from moegen.tune.space import LayerSpace, Space
+from moegen.tune.space import Kind, LayerSpace, Space, kind_of
 from moegen.tune.trial import Measurement, Measurer, Status
 
 BATCH = 5  # configs of one GEMM that are asked for, and compiled, together
@@ -28,7 +28,7 @@ SAMPLED = 1  # of them from TPE, the others neighbours of the best ones
 PARENTS = 3  # best configs whose neighbours are tried
 STARTUP = 10  # configs after which TPE has a model
 STALE = 6  # asks in a row without a new config after which TPE has nothing more to say
-HANDICAP = 0.05  # a BLOCK_SIZE_M so much slower than the best is tried half as often, twice so much a third as often …
+HANDICAP = 0.05  # a kind so much slower than the best is tried half as often, twice so much a third as often …
 AHEAD = 5  # batches that are compiled while one is measured
 FINALISTS = 8
 EXHAUSTED = 400  # a space of at most so many configs is measured as a whole
@@ -98,7 +98,7 @@ def search(
 class _Run:
     """One search: what was measured, and for each BLOCK_SIZE_M the best pair so far.
 
-    At one BLOCK_SIZE_M the time of a layer is nearly the sum of what its two GEMMs take. So one GEMM is varied at a
+    Of one kind, the time of a layer is nearly the sum of what its two GEMMs take. So one GEMM is varied at a
     time, the other one as in the best pair, and each has a search of its own, for the lowest cost: µs more than the
     config that the search began with.
     """
@@ -106,43 +106,43 @@ class _Run:
     def __init__(self, space: LayerSpace, measurer: Measurer, budget: int, seed: int) -> None:
         self._space, self._measurer, self._budget, self._seed = space, measurer, budget, seed
         self._known: dict[LayerTiles, Measurement] = {}
-        self._best: dict[int, LayerTiles] = {}
-        self._sides: dict[int, tuple[_Side, _Side]] = {}
+        self._best: dict[Kind, LayerTiles] = {}
+        self._sides: dict[Kind, tuple[_Side, _Side]] = {}
 
     def begin(self, warm: Sequence[LayerTiles]) -> None:
-        """Find a pair to start from at each BLOCK_SIZE_M: the heuristic's or a warm one, whichever is faster."""
-        self._start([self._space.default, *warm, *(self._space.start(size) for size in self._space.block_sizes)])
-        for size in self._space.block_sizes:
-            if size not in self._best:  # what is next to the heuristic's may run where that does not
-                first, second = (s[size].neighbours(s[size].start) for s in (self._space.gemm1, self._space.gemm2))
+        """Find a pair to start from of each kind: the heuristic's or a warm one, whichever is faster."""
+        self._start([self._space.default, *warm, *map(self._space.start, self._space.kinds)])
+        for kind in self._space.kinds:
+            if kind not in self._best:  # what is next to the heuristic's may run where that does not
+                first, second = (s[kind].neighbours(s[kind].start) for s in (self._space.gemm1, self._space.gemm2))
                 self._start([LayerTiles(*pair) for pair in itertools.islice(zip(first, second, strict=False), BATCH)])
-        for size, pair in self._best.items():
-            sides = (self._space.gemm1[size], pair.gemm1), (self._space.gemm2[size], pair.gemm2)
+        for kind, pair in self._best.items():
+            sides = (self._space.gemm1[kind], pair.gemm1), (self._space.gemm2[kind], pair.gemm2)
             side1, side2 = (_Side(space, tile, self._seed) for space, tile in sides)
-            self._sides[size] = side1, side2
+            self._sides[kind] = side1, side2
 
     def _start(self, pairs: Sequence[LayerTiles]) -> None:
         self._measurer.prefetch(self._space.tokens, pairs)
         for pair in pairs:
-            size = pair.gemm1.BLOCK_SIZE_M
+            kind = kind_of(pair)
             us = self._measure(pair)
-            if us is not None and (size not in self._best or us < self._us(size)):
-                self._best[size] = pair
+            if us is not None and (kind not in self._best or us < self._us(kind)):
+                self._best[kind] = pair
 
     def explore(self, stop: Callable[[], bool]) -> None:
         """Measure batch after batch until the budget is spent; the next ones compile while one is measured."""
-        waiting: deque[tuple[int, str, list[TileConfig]]] = deque()
+        waiting: deque[tuple[Kind, str, list[TileConfig]]] = deque()
         for turn in itertools.count():
             if not any(side.left or side.sampled for sides in self._sides.values() for side in sides):
                 break
-            for size, op in itertools.product(self._promising(turn), ("gemm1", "gemm2")):
+            for kind, op in itertools.product(self._promising(turn), ("gemm1", "gemm2")):
                 if stop() or len(self._known) >= self._budget:
                     return
-                side = self._side(size, op)
+                side = self._side(kind, op)
                 batch = side.ask(BATCH)
-                soon = [replace(self._best[size], **{op: tile}) for tile in batch + side.sampled]
+                soon = [replace(self._best[kind], **{op: tile}) for tile in batch + side.sampled]
                 self._measurer.prefetch(self._space.tokens, soon)
-                waiting.append((size, op, batch))
+                waiting.append((kind, op, batch))
                 if len(waiting) > AHEAD:
                     self._measure_batch(*waiting.popleft())
         for batch_of in waiting:
@@ -170,41 +170,41 @@ class _Run:
         tried = len(self._known)
         return Found(winner, times[winner], results[winner].spread, times.get(default), tried, dict(failures))
 
-    def _promising(self, turn: int) -> list[int]:
-        """The BLOCK_SIZE_M whose turn it is: the best one always, the others the more rarely the slower they are."""
-        best = min((self._us(size) for size in self._best), default=0.0)
-        return [size for size in self._best if turn % (1 + int((self._us(size) / best - 1) / HANDICAP)) == 0]
+    def _promising(self, turn: int) -> list[Kind]:
+        """The kinds whose turn it is: the best one always, the others the more rarely the slower they are."""
+        best = min(map(self._us, self._best), default=0.0)
+        return [kind for kind in self._best if turn % (1 + int((self._us(kind) / best - 1) / HANDICAP)) == 0]
 
-    def _measure_batch(self, size: int, op: str, batch: Sequence[TileConfig]) -> None:
-        side = self._side(size, op)
+    def _measure_batch(self, kind: Kind, op: str, batch: Sequence[TileConfig]) -> None:
+        side = self._side(kind, op)
         for tile in batch:
-            best = self._best[size]
+            best = self._best[kind]
             pair = replace(best, **{op: tile})
             if len(self._known) >= self._budget and pair not in self._known:
                 return
-            base = self._us(size) - side.cost[getattr(best, op)]
+            base = self._us(kind) - side.cost[getattr(best, op)]
             us = self._measure(pair)
             side.tell(tile, None if us is None else us - base)
-            if us is not None and us < self._us(size):
-                self._best[size] = pair
+            if us is not None and us < self._us(kind):
+                self._best[kind] = pair
 
     def _measure(self, pair: LayerTiles) -> float | None:
         if pair not in self._known:
-            best_us = min((self._us(size) for size in self._best), default=None)
+            best_us = min(map(self._us, self._best), default=None)
             self._known[pair] = self._measurer.measure(self._space.tokens, pair, best_us)
         return self._known[pair].us
 
-    def _us(self, size: int) -> float:
-        us = self._known[self._best[size]].us
+    def _us(self, kind: Kind) -> float:
+        us = self._known[self._best[kind]].us
         assert us is not None  # noqa: S101 - only pairs with a time become the best
         return us
 
-    def _side(self, size: int, op: str) -> "_Side":
-        return self._sides[size][("gemm1", "gemm2").index(op)]
+    def _side(self, kind: Kind, op: str) -> "_Side":
+        return self._sides[kind][("gemm1", "gemm2").index(op)]
 
 
 class _Side:
-    """The search of one GEMM at one BLOCK_SIZE_M: TPE proposes some configs, the others are neighbours of the best."""
+    """The search of one GEMM of one kind: TPE proposes some configs, the others are neighbours of the best."""
 
     def __init__(self, space: Space, start: TileConfig, seed: int) -> None:
         self._space = space

@@ -27,7 +27,7 @@ from moegen.tune.progress import Progress, State
 from moegen.tune.record import Record, TunedBucket
 from moegen.tune.search import EFFORTS, Found, NothingRuns, search
 from moegen.tune.sources import Source
-from moegen.tune.space import LayerSpace
+from moegen.tune.space import LayerSpace, kind_of
 from moegen.tune.trial import Measurement
 
 NEAR = 2.0  # a record's bucket at most this many times away is worth trying
@@ -239,7 +239,7 @@ def snapped(space: LayerSpace, pair: LayerTiles) -> LayerTiles | None:
     """
     tiles = []
     for spaces, tile in ((space.gemm1, pair.gemm1), (space.gemm2, pair.gemm2)):
-        own = spaces.get(tile.BLOCK_SIZE_M)
+        own = spaces.get(kind_of(pair))
         if own is None:
             return None
         tiles.append(replace(own.start, **{field: getattr(tile, field) for field in own.axes}))

@@ -4,15 +4,14 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from moegen.runtime.device import DeviceFacts
-from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, default_tiles, why_illegal
+from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, default_tiles, family_tiles, mean_slots, why_illegal
 
 # Axis -> values in order, for each kernel family. The heuristic's own value joins an axis that does not have it.
-FAMILY = "portable"
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
-    FAMILY: {
+    "portable": {
         "BLOCK_SIZE_M": (8, 16, 32, 64, 128),
         "BLOCK_SIZE_N": (32, 64, 128, 256),
         "BLOCK_SIZE_K": (64, 128, 256),
@@ -21,8 +20,19 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "PDL": (False, True),
         "num_warps": (1, 2, 4, 8),
         "num_stages": (2, 3, 4, 5, 6, 8),
-    }
+    },
+    "tma": {
+        "BLOCK_SIZE_M": (64, 128),
+        "BLOCK_SIZE_N": (64, 128, 256),
+        "BLOCK_SIZE_K": (64, 128),
+        "GROUP_SIZE_M": (1, 4, 8, 16, 64),
+        "SWAP_AB": (False,),
+        "PDL": (True,),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4, 5),
+    },
 }
+LEAST_TMA = 16  # mean slots per expert from which the family tma is plausible
 LONG_RUNS = 64  # mean slots per expert above which M blocks of one expert follow each other and GROUP_SIZE_M counts
 SMALL_M, SWAPPED_M = 32, 64  # largest BLOCK_SIZE_M at which fewer warps than a warpgroup, and SWAP_AB, are plausible
 ACCUMULATORS = 128  # a thread, of its 255 registers: more than these spill
@@ -30,7 +40,7 @@ ACCUMULATORS = 128  # a thread, of its 255 registers: more than these spill
 
 @dataclass(frozen=True)
 class Space:
-    """The plausible legal tile configs of one GEMM at one BLOCK_SIZE_M.
+    """The plausible legal tile configs of one GEMM of one kind.
 
     start  the heuristic's config there, one of `tiles`
     tiles  every config of the space, in the order of the axes
@@ -42,7 +52,9 @@ class Space:
 
     @cached_property
     def axes(self) -> dict[str, tuple[Any, ...]]:  # noqa: D102 - above
-        values = {field: tuple(sorted({getattr(tile, field) for tile in self.tiles})) for field in AXES[FAMILY]}
+        values = {
+            field: tuple(sorted({getattr(tile, field) for tile in self.tiles})) for field in AXES[self.start.family]
+        }
         return {field: found for field, found in values.items() if len(found) > 1}
 
     @cached_property
@@ -73,21 +85,33 @@ class Space:
                             yield found
 
 
+class Kind(NamedTuple):
+    """What the two GEMMs of a layer have in common: launches and the assignment depend on it."""
+
+    family: str
+    block_m: int
+
+
+def kind_of(tiles: LayerTiles) -> Kind:
+    """The kind of a pair."""
+    return Kind(tiles.gemm1.family, tiles.gemm1.BLOCK_SIZE_M)
+
+
 @dataclass(frozen=True)
 class LayerSpace:
-    """What may be tried for one layer at one token count: BLOCK_SIZE_M -> one Space a GEMM.
+    """What may be tried for one layer at one token count: kind -> one Space a GEMM.
 
     default  the heuristic's choice, which is in the space
     """
 
     tokens: int
     default: LayerTiles
-    gemm1: Mapping[int, Space]
-    gemm2: Mapping[int, Space]
+    gemm1: Mapping[Kind, Space]
+    gemm2: Mapping[Kind, Space]
 
     @property
-    def block_sizes(self) -> tuple[int, ...]:
-        """The plausible values of BLOCK_SIZE_M, ascending."""
+    def kinds(self) -> tuple[Kind, ...]:
+        """The plausible ones, by family and ascending."""
         return tuple(self.gemm1)
 
     @property
@@ -95,59 +119,65 @@ class LayerSpace:
         """Number of tile configs of both GEMMs: what measuring all of each, one at a time, would take."""
         return sum(len(space.tiles) for spaces in (self.gemm1, self.gemm2) for space in spaces.values())
 
-    def start(self, block_m: int) -> LayerTiles:
-        """The heuristic's tile configs at this BLOCK_SIZE_M."""
-        return LayerTiles(self.gemm1[block_m].start, self.gemm2[block_m].start)
+    def start(self, kind: Kind) -> LayerTiles:
+        """The heuristic's tile configs of this kind."""
+        return LayerTiles(self.gemm1[kind].start, self.gemm2[kind].start)
 
     def __contains__(self, tiles: LayerTiles) -> bool:
-        size = tiles.gemm1.BLOCK_SIZE_M
-        return size in self.gemm1 and tiles.gemm1 in self.gemm1[size] and tiles.gemm2 in self.gemm2[size]
+        kind = kind_of(tiles)
+        return kind in self.gemm1 and tiles.gemm1 in self.gemm1[kind] and tiles.gemm2 in self.gemm2[kind]
 
 
 def layer_space(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerSpace:
     """The space of one layer for `tokens` tokens; low_latency: whether calls take the low-latency assignment."""
     default = default_tiles(gemm1, gemm2, tokens, device, low_latency)
-    starts = _starts(gemm1, gemm2, tokens, device, default, low_latency)
-    spaces: list[dict[int, Space]] = [
+    starts = _portable_starts(gemm1, gemm2, tokens, device, low_latency)
+    if mean_slots(gemm1, tokens) >= LEAST_TMA:
+        found = {size: family_tiles("tma", gemm1, gemm2, size, device) for size in AXES["tma"]["BLOCK_SIZE_M"]}
+        starts |= {Kind("tma", size): pair for size, pair in found.items() if pair}
+    starts |= {kind_of(default): default}
+    spaces: list[dict[Kind, Space]] = [
         {
-            size: Space(
+            kind: Space(
                 getattr(pair, gemm.op), tuple(_tiles(gemm, getattr(pair, gemm.op), tokens, device, low_latency))
             )
-            for size, pair in starts.items()
+            for kind, pair in starts.items()
         }
         for gemm in (gemm1, gemm2)
     ]
     return LayerSpace(tokens, default, *spaces)
 
 
-def _starts(
-    gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, default: LayerTiles, low_latency: bool
-) -> dict[int, LayerTiles]:
-    """Plausible BLOCK_SIZE_M -> the heuristic's pair there: the default's, half and twice as much.
+def _portable_starts(
+    gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool
+) -> dict[Kind, LayerTiles]:
+    """The heuristic's pair at each plausible BLOCK_SIZE_M: its own choice, half and twice as much.
 
-    Alone on its M block (low latency), a slot needs no other than the default's.
+    Alone on its M block (low latency), a slot needs no other than the heuristic's.
     """
-    preferred, mean = default.gemm1.BLOCK_SIZE_M, _mean_slots(gemm1, tokens)
-    least = default_tiles(gemm1, gemm2, 1, device, True).gemm1.BLOCK_SIZE_M  # the heuristic never takes a smaller one
-    found = {}
-    for size in AXES[FAMILY]["BLOCK_SIZE_M"]:
+    best, mean = default_tiles(gemm1, gemm2, tokens, device, low_latency, portable=True), mean_slots(gemm1, tokens)
+    least = default_tiles(
+        gemm1, gemm2, 1, device, True, portable=True
+    ).gemm1.BLOCK_SIZE_M  # it never takes a smaller one
+    preferred, found = best.gemm1.BLOCK_SIZE_M, {}
+    for size in AXES["portable"]["BLOCK_SIZE_M"]:
         near = max(least, preferred // 2) <= size <= 2 * preferred and (2 * size >= mean or size >= 64)
         if size == preferred:
-            found[size] = default
+            found[Kind("portable", size)] = best
         elif near and not low_latency:
             at = max(1, size * gemm1.num_experts // (2 * gemm1.top_k))  # where the heuristic picks this size, if ever
-            pair = default_tiles(gemm1, gemm2, at, device, low_latency)
+            pair = default_tiles(gemm1, gemm2, at, device, low_latency, portable=True)
             tiles = [replace(tile, BLOCK_SIZE_M=size) for tile in (pair.gemm1, pair.gemm2)]
             if not any(why_illegal(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)):
-                found[size] = LayerTiles(*tiles)
+                found[Kind("portable", size)] = LayerTiles(*tiles)
     return found
 
 
 def _tiles(gemm: Gemm, start: TileConfig, tokens: int, device: DeviceFacts, low_latency: bool) -> Iterator[TileConfig]:
-    """The legal configs of one GEMM at the BLOCK_SIZE_M of `start`; an axis without promise keeps its value there."""
+    """The legal configs of one GEMM of the kind of `start`; an axis without promise keeps its value there."""
     block_m = start.BLOCK_SIZE_M
-    closed = {"BLOCK_SIZE_M", "family"}
-    if _mean_slots(gemm, tokens) <= LONG_RUNS:
+    closed = {"BLOCK_SIZE_M"}
+    if mean_slots(gemm, tokens) <= LONG_RUNS:
         closed.add("GROUP_SIZE_M")
     if block_m > SWAPPED_M:
         closed.add("SWAP_AB")
@@ -164,9 +194,3 @@ def _tiles(gemm: Gemm, start: TileConfig, tokens: int, device: DeviceFacts, low_
         accumulators = block_m * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
         if tile == start or (accumulators <= ACCUMULATORS and why_illegal(tile, gemm, device) is None):
             yield tile
-
-
-def _mean_slots(gemm: Gemm, tokens: int) -> float:
-    """Mean slots per expert that has any, under balanced routing."""
-    slots = tokens * gemm.top_k
-    return slots / min(slots, gemm.num_experts)

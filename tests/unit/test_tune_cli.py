@@ -26,6 +26,7 @@ from moegen.tune.fingerprint import spec_of
 from moegen.tune.progress import Progress, State
 from moegen.tune.record import load_record, record_text
 from moegen.tune.replay import Replay
+from moegen.tune.space import Kind
 from moegen.tune.trial import Measurement
 from tests.support.records import LAYER, record
 from tests.support.sweeps import write_sweeps
@@ -347,7 +348,9 @@ def test_warm_files_are_measured_first(
 ) -> None:
     """Whatever the GPU in the name; and the winner of the bucket before is among the first ones of the next."""
     source = sources.ReplaySource(sweeps)
-    tile = next(tile for tile in reversed(source.space(LAYER, 64).gemm1[16].tiles) if not tile.SWAP_AB)
+    tile = next(
+        tile for tile in reversed(source.space(LAYER, 64).gemm1[Kind("portable", 16)].tiles) if not tile.SWAP_AB
+    )
     path = tmp_path / VLLM_NAME.replace("H200", "H20-3e")
     path.write_text(json.dumps({"8": entry(tile)}))
     seen: dict[int, list[LayerTiles]] = {}
@@ -371,7 +374,7 @@ def test_warm_files_are_measured_first(
 def test_fields_that_do_not_vary_are_no_reason_to_ignore_a_start(sweeps: Path) -> None:
     """GROUP_SIZE_M counts only where experts have many slots; a foreign file has some value everywhere."""
     space = sources.ReplaySource(sweeps).space(LAYER, 16)
-    first, second = space.gemm1[16].tiles[7], space.gemm2[16].tiles[3]
+    first, second = space.gemm1[Kind("portable", 16)].tiles[7], space.gemm2[Kind("portable", 16)].tiles[3]
     foreign = LayerTiles(replace(first, GROUP_SIZE_M=33), replace(second, GROUP_SIZE_M=65))
     assert foreign not in space
     assert session.snapped(space, foreign) == LayerTiles(first, second)

@@ -200,10 +200,10 @@ def test_space(quant: str, tokens: int) -> None:
     assert space.default in space
     assert space.default.gemm1 == vllm.default_tile(replace(LAYER, quant=quant), tokens)
     assert set(space.gemm1) == set(space.gemm2)
-    for size, second in space.gemm2.items():
-        assert second.tiles == (engines.placeholder(size),)
-        assert {tile.BLOCK_SIZE_M for tile in space.gemm1[size].tiles} == {size}
-        assert not any(tile.SWAP_AB or tile.PDL for tile in space.gemm1[size].tiles)
+    for kind, second in space.gemm2.items():
+        assert second.tiles == (engines.placeholder(kind.block_m),)
+        assert {(tile.family, tile.BLOCK_SIZE_M) for tile in space.gemm1[kind].tiles} == {kind}
+        assert not any(tile.SWAP_AB or tile.PDL for tile in space.gemm1[kind].tiles)
     assert 300 < space.size < 1920
 
 

@@ -15,12 +15,13 @@ from moegen.runtime.tile import LayerTiles
 from moegen.tune import queue as queue_module
 from moegen.tune.journal import Journal
 from moegen.tune.replay import Replay
+from moegen.tune.space import Kind
 from moegen.tune.trial import Measurement
 from tests.support.made_up import made_up_sweep
 
 SWEEP = made_up_sweep(16)
-OWN = SWEEP.space.gemm1[16]
-PAIRS = [LayerTiles(tile, SWEEP.space.gemm2[16].start) for tile in OWN.tiles]
+OWN = SWEEP.space.gemm1[Kind("portable", 16)]
+PAIRS = [LayerTiles(tile, SWEEP.space.gemm2[Kind("portable", 16)].start) for tile in OWN.tiles]
 
 
 class Counting(Replay):

@@ -8,7 +8,7 @@ import pytest
 from moegen.runtime.tile import LayerTiles
 from moegen.tune.replay import OPS, Replay, Sweep
 from moegen.tune.search import BATCH, EFFORTS, EXHAUSTED, Found, NothingRuns, search
-from moegen.tune.space import LayerSpace
+from moegen.tune.space import Kind, LayerSpace
 from moegen.tune.trial import Measurement
 from tests.support.made_up import made_up_sweep
 
@@ -73,7 +73,8 @@ def test_the_same_seed_asks_the_same() -> None:
 
 def test_warm_starts_come_first_and_those_of_elsewhere_are_ignored() -> None:
     space = SWEEPS[16].space
-    warm = [LayerTiles(space.gemm1[32].tiles[40], space.gemm2[32].tiles[7]), SWEEPS[4096].space.default]
+    kind = Kind("portable", 32)
+    warm = [LayerTiles(space.gemm1[kind].tiles[40], space.gemm2[kind].tiles[7]), SWEEPS[4096].space.default]
     _, asked = run(16, warm=warm)
     assert asked.asked[:2] == [space.default, warm[0]]
     assert warm[1] not in asked.asked
@@ -115,7 +116,7 @@ def test_failures_are_counted_by_class_and_never_tried_again() -> None:
 def test_a_default_that_does_not_run_is_no_end() -> None:
     space = SWEEPS[16].space
     crash = Measurement("crash", message="made up")
-    found, _ = run(16, Watched(SWEEPS[16], {space.start(size): crash for size in space.block_sizes}))
+    found, _ = run(16, Watched(SWEEPS[16], {space.start(kind): crash for kind in space.kinds}))
     assert found.default_us is None
     assert found.us < 1.1 * Replay([SWEEPS[16]]).optimum(16)[1]
 
@@ -132,17 +133,17 @@ def test_nothing_runs() -> None:
 
 def test_stopping_at_once_compares_what_was_begun_with() -> None:
     found, asked = run(256, stop=lambda: True)
-    assert found.tried == len(asked.asked) == len(SWEEPS[256].space.block_sizes)
+    assert found.tried == len(asked.asked) == len(SWEEPS[256].space.kinds)
     assert set(asked.finalists) == set(asked.asked)
 
 
 def test_a_small_space_is_exhausted() -> None:
-    whole = SWEEPS[16].space
+    whole, kind = SWEEPS[16].space, Kind("portable", 16)
     few = {}
     for op in OPS:
-        own = getattr(whole, op)[16]
+        own = getattr(whole, op)[kind]
         few[op] = replace(own, tiles=(own.start, *own.tiles[: EXHAUSTED // 2 - 1]))
-    space = LayerSpace(16, whole.default, {16: few["gemm1"]}, {16: few["gemm2"]})
+    space = LayerSpace(16, whole.default, {kind: few["gemm1"]}, {kind: few["gemm2"]})
     measurer = Watched(SWEEPS[16])
     search(space, measurer, effort="quick")
     assert {pair.gemm1 for pair in measurer.asked} == set(few["gemm1"].tiles)

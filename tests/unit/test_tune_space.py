@@ -8,20 +8,25 @@ from moegen.device import TARGETS
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import Gemm, TileConfig, why_illegal
 from moegen.tune.replay import OPS
-from moegen.tune.space import AXES, LayerSpace, Space, layer_space
+from moegen.tune.space import AXES, Kind, LayerSpace, Space, layer_space
 from tests.support.made_up import DEVICE, GEMMS
 
-BITS = {"bf16": (16, 16, 0), "fp8": (8, 8, 0), "fp8 block": (8, 8, 128), "mxfp4": (16, 4, 32), "float32": (32, 32, 0)}
+BITS = {
+    "bf16": {"a_bits": 16, "w_bits": 16, "group_k": 0},
+    "fp8": {"a_bits": 8, "w_bits": 8, "group_k": 0},
+    "fp8 block": {"a_bits": 8, "w_bits": 8, "group_k": 128, "group_n": 128},
+    "mxfp4": {"a_bits": 16, "w_bits": 4, "group_k": 32},
+    "float32": {"a_bits": 32, "w_bits": 32, "group_k": 0},
+}
 
 
 def space_of(tokens: int, quant: str = "bf16", device: DeviceFacts = DEVICE) -> LayerSpace:
-    a_bits, w_bits, group_k = BITS[quant]
-    gemms = [replace(gemm, a_bits=a_bits, w_bits=w_bits, group_k=group_k) for gemm in GEMMS.values()]
+    gemms = [replace(gemm, **BITS[quant]) for gemm in GEMMS.values()]
     return layer_space(*gemms, tokens, device, low_latency=tokens * 8 * 4 <= 128)
 
 
-def spaces_of(space: LayerSpace) -> list[tuple[str, int, Space]]:
-    return [(op, size, own) for op in OPS for size, own in getattr(space, op).items()]
+def spaces_of(space: LayerSpace) -> list[tuple[str, Kind, Space]]:
+    return [(op, kind, own) for op in OPS for kind, own in getattr(space, op).items()]
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
@@ -30,29 +35,35 @@ def spaces_of(space: LayerSpace) -> list[tuple[str, int, Space]]:
 def test_default_and_starts_are_in_every_space(quant: str, tokens: int, target: str) -> None:
     space = space_of(tokens, quant, TARGETS[target])
     assert space.default in space
-    assert all(space.start(size) in space for size in space.block_sizes)
+    assert all(space.start(kind) in space for kind in space.kinds)
 
 
 @pytest.mark.parametrize("quant", sorted(BITS))
 @pytest.mark.parametrize("tokens", [1, 16, 256, 4096])
 def test_every_config_is_legal_and_there_once(quant: str, tokens: int) -> None:
-    a_bits, w_bits, group_k = BITS[quant]
-    for op, size, own in spaces_of(space_of(tokens, quant)):
-        gemm: Gemm = replace(GEMMS[op], a_bits=a_bits, w_bits=w_bits, group_k=group_k)
+    for op, kind, own in spaces_of(space_of(tokens, quant)):
+        gemm: Gemm = replace(GEMMS[op], **BITS[quant])
         assert [why_illegal(tile, gemm, DEVICE) for tile in own.tiles] == [None] * len(own.tiles)
         assert len(set(own.tiles)) == len(own.tiles)
-        assert {tile.BLOCK_SIZE_M for tile in own.tiles} == {size}
+        assert {(tile.family, tile.BLOCK_SIZE_M) for tile in own.tiles} == {kind}
 
 
 @pytest.mark.parametrize(
     ("tokens", "sizes"), [(1, (16,)), (16, (16, 32)), (256, (16, 32, 64)), (1024, (64, 128)), (16384, (64, 128))]
 )
 def test_block_sizes_lie_around_the_mean_number_of_slots(tokens: int, sizes: tuple[int, ...]) -> None:
-    assert space_of(tokens).block_sizes == sizes
+    assert space_of(tokens).kinds == tuple(Kind("portable", size) for size in sizes)
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [(256, (64, 128)), (16, ())])
+def test_block_scales_of_many_slots_may_take_the_family_tma(tokens: int, sizes: tuple[int, ...]) -> None:
+    kinds = space_of(tokens, "fp8 block").kinds
+    assert tuple(kind.block_m for kind in kinds if kind.family == "tma") == sizes
+    assert not any(kind.family == "tma" for kind in space_of(tokens, "fp8 block", TARGETS["cuda:100"]).kinds)
 
 
 def varying(tokens: int, size: int) -> set[str]:
-    return set(space_of(tokens).gemm1[size].axes)
+    return set(space_of(tokens).gemm1[Kind("portable", size)].axes)
 
 
 def test_an_axis_is_open_only_where_it_can_matter() -> None:
@@ -60,11 +71,11 @@ def test_an_axis_is_open_only_where_it_can_matter() -> None:
     assert varying(16, 16) == set(AXES["portable"]) - {"BLOCK_SIZE_M", "GROUP_SIZE_M", "PDL"}
     assert varying(4096, 64) == set(AXES["portable"]) - {"BLOCK_SIZE_M", "PDL"}
     assert varying(4096, 128) == set(AXES["portable"]) - {"BLOCK_SIZE_M", "PDL", "SWAP_AB"}
-    assert min(tile.num_warps for tile in space_of(4096).gemm1[64].tiles) == 4
+    assert min(tile.num_warps for tile in space_of(4096).gemm1[Kind("portable", 64)].tiles) == 4
 
 
 def test_a_closed_axis_keeps_the_heuristics_value() -> None:
-    own = space_of(16).gemm1[16]
+    own = space_of(16).gemm1[Kind("portable", 16)]
     assert {tile.PDL for tile in own.tiles} == {own.start.PDL} == {True}
 
 
@@ -73,17 +84,17 @@ def test_no_pdl_where_the_gpu_has_none() -> None:
 
 
 def test_indices_and_tile_are_inverse() -> None:
-    own = space_of(16).gemm2[16]
+    own = space_of(16).gemm2[Kind("portable", 16)]
     assert all(own.tile(own.indices(tile)) == tile for tile in own.tiles)
 
 
 def test_indices_that_are_illegal_together_are_no_config() -> None:
-    own = space_of(16).gemm2[16]
+    own = space_of(16).gemm2[Kind("portable", 16)]
     assert own.tile({field: len(values) - 1 for field, values in own.axes.items()}) is None
 
 
 def test_neighbours_differ_in_one_field_nearest_first() -> None:
-    own = space_of(16).gemm1[16]
+    own = space_of(16).gemm1[Kind("portable", 16)]
     tile = TileConfig(16, 64, 64, 1, False, True, num_warps=4, num_stages=4)
     steps = []
     for other in own.neighbours(tile):
