@@ -206,7 +206,7 @@ def default_tiles(
 def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> LayerTiles | None:
     """Those of a family that is faster than the portable one for `tokens` tokens, if there is one.
 
-    With block scales "tma" gains 7 to 45 % over it, from few slots an expert on where gemm2's reduction is short; scales
+    With block scales "tma" gains 7 to 45 %, from few slots an expert on where the reduction of gemm2 is short; scales
     that come after the loop leave it nothing to gain (docs/performance.md).
     """
     mean, short = mean_slots(gemm1, tokens), gemm2.depth < 512
