@@ -91,6 +91,8 @@ def _tiles(path: Path, key: str, entry: object, layer: Layer, device: DeviceFact
     if tiles["gemm1"].BLOCK_SIZE_M != tiles["gemm2"].BLOCK_SIZE_M:
         sizes = f"{tiles['gemm1'].BLOCK_SIZE_M} and {tiles['gemm2'].BLOCK_SIZE_M}"
         raise RecordError(f"{path}: buckets.{key}: BLOCK_SIZE_M of gemm1 and gemm2 are {sizes}; allowed: one value")
+    if "stream" in (tiles["gemm1"].family, tiles["gemm2"].family) and tiles["gemm1"] != tiles["gemm2"]:
+        raise RecordError(f"{path}: buckets.{key}: gemm1 and gemm2 differ; allowed with family=stream: one tile config")
     return LayerTiles(tiles["gemm1"], tiles["gemm2"])
 
 
@@ -100,25 +102,35 @@ class Configs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._records: dict[tuple[str, DeviceFacts], dict[int, LayerTiles]] = {}
-        self._chosen: dict[tuple[str, int, bool, DeviceFacts], LayerTiles] = {}
+        self._chosen: dict[tuple[str, int, bool, DeviceFacts, bool], LayerTiles] = {}
 
-    def tiles(self, layer: Layer, tokens: int, expert_map: torch.Tensor | None, device: DeviceFacts) -> LayerTiles:
+    def tiles(
+        self,
+        layer: Layer,
+        tokens: int,
+        expert_map: torch.Tensor | None,
+        device: DeviceFacts,
+        readable: bool = True,
+    ) -> LayerTiles:
         """Tile configs of `layer` for `tokens` >= 1 tokens on `device`.
 
         A record answers for token counts up to half an octave outside its smallest and largest bucket, nearest
-        bucket in log space; the heuristic answers for the rest, by bucket, so that the kernels stay few.
+        bucket in log space; the heuristic answers for the rest, by bucket, so that the kernels stay few, and where a
+        record's family does not serve the call: too many tokens, or tensors not `readable` (stream.stream_readable).
         """
         low_latency = is_low_latency(layer, tokens, expert_map)
-        key = (layer.slug, tokens, low_latency, device)
+        key = (layer.slug, tokens, low_latency, device, readable)
         chosen = self._chosen.get(key)
         if chosen is None:
-            chosen = self._chosen[key] = self._choose(layer, tokens, low_latency, device)
+            chosen = self._chosen[key] = self._choose(layer, tokens, low_latency, device, readable)
         return chosen
 
-    def _choose(self, layer: Layer, tokens: int, low_latency: bool, device: DeviceFacts) -> LayerTiles:
+    def _choose(self, layer: Layer, tokens: int, low_latency: bool, device: DeviceFacts, readable: bool) -> LayerTiles:
         record = self._record(layer, device)
         if record and min(record) / math.sqrt(2) <= tokens <= max(record) * math.sqrt(2):
-            return record[bucket_of(tokens, tuple(sorted(record)))]
+            tiles = record[bucket_of(tokens, tuple(sorted(record)))]
+            if tiles.gemm1.family != "stream" or (readable and tokens <= tiles.gemm1.BLOCK_SIZE_M):
+                return tiles
         return default_tiles(layer.gemm("gemm1"), layer.gemm("gemm2"), bucket_of(tokens), device, low_latency)
 
     def _record(self, layer: Layer, device: DeviceFacts) -> dict[int, LayerTiles]:

@@ -1,6 +1,6 @@
 """Layer: one (shape, dtype, quant scheme) of a package, and the launches that make up one call of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -13,6 +13,7 @@ from .kernel_parts import pdl_option
 from .quant import Scheme
 from .quantise import Activations, Slots, quantise
 from .reduce import reduce_launch_key, top_k_reduce
+from .stream import padded_tokens, run_stream
 from .tile import Gemm, LayerTiles, TileConfig
 from .weight import Weight
 
@@ -97,6 +98,11 @@ def is_low_latency(layer: Layer, tokens: int, expert_map: torch.Tensor | None) -
 
 def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> tuple[object, ...]:
     """Equal for two token counts iff they run the same compiled kernels."""
+    if tiles.gemm1.family == "stream":
+        if tokens == 1 and expert_map is None:
+            return tiles, padded_tokens(tokens), None
+        align_key = align_launch_key(tokens * layer.top_k, _aligned_experts(layer, expert_map))
+        return tiles, padded_tokens(tokens), align_key
     reduce_key = reduce_launch_key(tokens, layer.hidden_size, layer.dtype.itemsize)
     if is_low_latency(layer, tokens, expert_map):
         return tiles, reduce_key, None
@@ -111,6 +117,11 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     stream and in CUDA graphs.
     """
     x, w13, w2 = call.hidden_states, call.w13, call.w2
+    if tiles.gemm1.family == "stream":
+        blocks = replace(tiles.gemm1, BLOCK_SIZE_M=padded_tokens(x.shape[0]))
+        lone = x.shape[0] == 1 and call.expert_map is None
+        run_stream(layer, call, tiles.gemm1, None if lone else _align(layer, call, blocks))
+        return
     slots = call.topk_ids.numel()
     assignment: Assignment
     if is_low_latency(layer, x.shape[0], call.expert_map):

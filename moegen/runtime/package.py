@@ -11,6 +11,7 @@ from .configs import Configs
 from .device import DeviceFacts, device_facts
 from .layer import Call, Layer, launch_key, run
 from .reference import moe_reference
+from .stream import stream_readable
 from .tile import LayerTiles
 from .weight import PARTS, Weight, named_tensors
 
@@ -97,7 +98,9 @@ class Package:
         tokens = call.hidden_states.shape[0]
         device = device_facts(torch.cuda.current_device())
         tiles = self._configs.tiles(layer, tokens, call.expert_map, device)
-        key = (layer.slug, tokens, device, *_variant(call))
+        if tiles.gemm1.family == "stream" and not stream_readable(call):
+            tiles = self._configs.tiles(layer, tokens, call.expert_map, device, readable=False)
+        key = (layer.slug, tokens, device, tiles.gemm1.family, *_variant(call))
         if key in self._seen:
             run(layer, call, tiles)
             return

@@ -4,8 +4,11 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from .device import DeviceFacts
 
-# One portable family so far; each row names the template family a tile config is for.
-FAMILIES = ("portable",)
+# "stream" is for a few tokens on compute capability 9.0: one kernel for the whole layer (runtime/stream.py).
+FAMILIES = ("portable", "stream")
+STREAM_TOKENS = 8  # the most tokens of a call that it serves
+STREAM_ROW_STAGES = 8  # chunks of activations that it loads ahead
+_STREAM_THREAD_VALUES = 8  # of a weight row, 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 3
     family: str = "portable"
+
+    # For "stream", BLOCK_SIZE_M is the most tokens of a call, and gemm1 and gemm2 have one config.
 
     @classmethod
     def from_dict(cls, data: object, where: str = "tile config") -> "TileConfig":
@@ -109,6 +114,8 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
         return f"PDL needs compute capability 9.0 or newer, not {device.backend} {device.arch}"
     if tile.family not in FAMILIES:
         return f"family={tile.family} is unknown; known: {', '.join(FAMILIES)}"
+    if tile.family == "stream":
+        return _why_illegal_stream(tile, gemm, device)
     smallest = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
     for key, least in smallest.items():
         if not least <= getattr(tile, key) <= 512:
@@ -132,8 +139,35 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     return None
 
 
+def _why_illegal_stream(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
+    if not device.has_wgmma:
+        return f"family=stream needs compute capability 9.0, not {device.backend} {device.arch}"
+    if (gemm.a_bits, gemm.w_bits) != (16, 16):
+        return f"family=stream is for 16-bit weights and activations, not {gemm.w_bits} and {gemm.a_bits} bits"
+    if gemm.depth % _STREAM_THREAD_VALUES:
+        return f"rows of {gemm.depth} values are not the multiple of 16 bytes that TMA needs"
+    if tile.BLOCK_SIZE_M > STREAM_TOKENS:
+        return f"BLOCK_SIZE_M={tile.BLOCK_SIZE_M} is above the {STREAM_TOKENS} tokens of family=stream"
+    if tile.SWAP_AB or tile.GROUP_SIZE_M != 1:
+        return "SWAP_AB and GROUP_SIZE_M are not for family=stream"
+    if tile.num_warps not in (4, 8):
+        return f"num_warps={tile.num_warps} is not 4 or 8"
+    if not 2 * tile.num_warps <= tile.BLOCK_SIZE_N <= 64:
+        return f"BLOCK_SIZE_N={tile.BLOCK_SIZE_N} is outside {2 * tile.num_warps}..64"
+    if tile.BLOCK_SIZE_K not in (256, 512):
+        return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} is not 256 or 512"
+    if not 2 <= tile.num_stages <= 32:
+        return f"num_stages={tile.num_stages} is outside 2..32"
+    needed = shared_memory(tile, gemm)
+    if needed > device.shared_memory:
+        return f"{needed} bytes of shared memory exceed the {device.shared_memory} of {device.name}"
+    return None
+
+
 def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
     """Bytes of shared memory that the pipelined operand tiles take: an upper bound (mma.sync drops one stage)."""
+    if tile.family == "stream":  # with the chunks of activations, and 2 kB for barriers and reductions
+        return (tile.num_stages * tile.BLOCK_SIZE_N + STREAM_ROW_STAGES) * tile.BLOCK_SIZE_K * 2 + 2048
     bits = tile.BLOCK_SIZE_M * gemm.a_bits + tile.BLOCK_SIZE_N * gemm.w_bits
     operands = bits * tile.BLOCK_SIZE_K * tile.num_stages // 8
     if gemm.w_bits < gemm.a_bits:  # weights decoded in registers may pass through one more tile
