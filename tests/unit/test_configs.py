@@ -36,6 +36,14 @@ LAYER = Layer(
 # No heuristic answer looks like these.
 TILE = {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 5, "num_warps": 2, "num_stages": 2}
 OTHER = {**TILE, "GROUP_SIZE_M": 7}
+STREAM = {
+    "BLOCK_SIZE_M": 4,
+    "BLOCK_SIZE_N": 16,
+    "BLOCK_SIZE_K": 512,
+    "num_warps": 8,
+    "num_stages": 6,
+    "family": "stream",
+}
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -218,6 +226,10 @@ REFUSED: dict[str, tuple[object, tuple[str, ...]]] = {
         change(BLOCK_SIZE_N=256, BLOCK_SIZE_K=256, num_stages=8, num_warps=8),
         ("buckets.16.gemm2", "shared memory"),
     ),
+    "half a stream": (
+        record(buckets={"16": {"gemm1": {**STREAM, "num_stages": 4}, "gemm2": STREAM}}),
+        ("buckets.16", "gemm1 and gemm2 differ", "one tile config"),
+    ),
     "different BLOCK_SIZE_M": (change(BLOCK_SIZE_M=64), ("buckets.16", "BLOCK_SIZE_M", "32 and 64", "one value")),
 }
 
@@ -237,6 +249,14 @@ def test_refused(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert Configs(tmp_path).tiles(LAYER, 16, None, H200) == heuristic(16)
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert message in warning
+
+
+def test_stream_serves_what_it_can(tmp_path: Path) -> None:
+    write(tmp_path, record(buckets={"4": {"gemm1": STREAM, "gemm2": STREAM}}))
+    configs = Configs(tmp_path)
+    assert configs.tiles(LAYER, 3, None, H200) == tiles(STREAM)
+    assert configs.tiles(LAYER, 4, None, H200, readable=False) == heuristic(4)
+    assert configs.tiles(LAYER, 5, None, H200) == heuristic(5)  # of the same bucket, but above BLOCK_SIZE_M
 
 
 def test_folder_in_place_of_a_record(tmp_path: Path) -> None:
