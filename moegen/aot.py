@@ -6,8 +6,9 @@ is compiled is what the dispatcher would launch, specialisation of arguments inc
 
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,8 +16,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moegen.device import target_facts
 from moegen.load import import_package
+from moegen.runtime.device import DeviceFacts
+from moegen.runtime.tile import LayerTiles
 
 TENSOR_CORES = {
     "cuda": re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)"),
@@ -59,23 +64,56 @@ def compile_targets(folder: Path, targets: list[str], max_tokens: int = 65536, j
 def _compile_target(arguments: tuple[str, str, int]) -> list[Compiled]:
     folder, target, max_tokens = arguments
     package = import_package(Path(folder))._dispatch._PACKAGE
-    runtime_run = _runtime_run(package)
     facts = target_facts(target)
     found: list[Compiled] = []
-    with _compiling_for(target) as compiled:
-        for layer in package.layers:
-            for call, tiles in package.distinct_calls(layer, max_tokens, facts, "meta"):
-                tokens = call.hidden_states.shape[0]
-                compiled.clear()
-                failed = None
-                try:
-                    runtime_run(layer, call, tiles)
-                except Exception as failure:  # noqa: BLE001 - a compiler may raise anything; it becomes a record
-                    kernel, constants = getattr(failure, "moegen_launch", (f"launch {len(compiled) + 1}", ""))
-                    failed = Compiled(target, layer.slug, kernel, tokens, constants, error=_reason(failure))
-                found += [_measure(target, layer.slug, tokens, kernel, text) for kernel, text in compiled]
-                found += [failed] if failed else []
+    for layer in package.layers:
+        for call, tiles in package.distinct_calls(layer, max_tokens, facts, "meta"):
+            found += compile_call(package, layer, call, tiles, target)
     return list({replace(item, tokens=0): item for item in reversed(found)}.values())[::-1]
+
+
+def compile_call(
+    package: Any,  # noqa: ANN401 - an emitted package's classes exist only once it is imported
+    layer: Any,  # noqa: ANN401
+    call: Any,  # noqa: ANN401
+    tiles: LayerTiles,
+    target: str,
+    wanted: Callable[[str], bool] = lambda _: True,
+) -> list[Compiled]:
+    """Compile what one call on meta tensors launches, as far as `wanted(kernel name)` is true; one record a kernel.
+
+    It ends with the first kernel that does not compile. Compiled kernels stay in Triton's cache on disk. The process
+    has a driver without a GPU from then on.
+    """
+    run, tokens = sys.modules[type(package).__module__].run, call.hidden_states.shape[0]
+    return compile_launches(lambda: run(layer, call, tiles), layer.slug, tokens, target, wanted)
+
+
+def compile_launches(
+    launch: Callable[[], None], layer: str, tokens: int, target: str, wanted: Callable[[str], bool] = lambda _: True
+) -> list[Compiled]:
+    """The same for whatever `launch` launches on meta tensors; `layer` and `tokens` only name the records."""
+    failed = []
+    with _compiling_for(target, wanted) as compiled:
+        try:
+            launch()
+        except Exception as failure:  # noqa: BLE001 - a compiler may raise anything; it becomes a record
+            kernel, constants = getattr(failure, "moegen_launch", (f"launch {len(compiled) + 1}", ""))
+            failed = [Compiled(target, layer, kernel, tokens, constants, error=_reason(failure))]
+    return [_measure(target, layer, tokens, kernel, text) for kernel, text in compiled] + failed
+
+
+def meta_call(package: Any, layer: Any, tokens: int, device: DeviceFacts) -> Any:  # noqa: ANN401 - as above
+    """A call of `tokens` tokens on meta tensors, without an expert_map, for `compile_call`."""
+    call, _ = next(package.distinct_calls(layer, 1, device, "meta"))
+    hidden_states = call.hidden_states.new_empty((tokens, layer.hidden_size))
+    return replace(
+        call,
+        hidden_states=hidden_states,
+        topk_weights=call.topk_weights.new_empty((tokens, layer.top_k)),
+        topk_ids=call.topk_ids.new_empty((tokens, layer.top_k)),
+        out=torch.empty_like(hidden_states),
+    )
 
 
 def _reason(failure: Exception) -> str:
@@ -84,15 +122,9 @@ def _reason(failure: Exception) -> str:
     return f"{type(failure).__name__}: {' '.join(dict.fromkeys([*lines[:1], *lines[-1:]]))}"
 
 
-def _runtime_run(package: Any) -> Any:  # noqa: ANN401 - a module that exists only once the package is imported
-    import sys
-
-    return sys.modules[type(package).__module__].run
-
-
 @contextmanager
-def _compiling_for(target: str) -> Iterator[list[tuple[Any, str]]]:
-    """Every kernel launch inside compiles for `target`, launches nothing and is appended to the list."""
+def _compiling_for(target: str, wanted: Callable[[str], bool]) -> Iterator[list[tuple[Any, str]]]:
+    """Inside, a launch of a wanted kernel compiles it for `target` and appends it to the list; nothing is launched."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -114,6 +146,8 @@ def _compiling_for(target: str) -> Iterator[list[tuple[Any, str]]]:
     original = triton.JITFunction.run
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - Triton's own signature
+        if not wanted(self.__name__):
+            return None
         shown = " ".join(f"{key}={value}" for key, value in kwargs.items() if key.isupper() or key.startswith("num_"))
         kwargs["warmup"] = True
         try:

@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Results go to stdout, messages to stderr.
 
-Exit codes: 0 ok, 1 internal error, 2 usage, 3 invalid spec or package, 4 no device, 5 a target does not compile.
+Exit codes: 0 ok, 1 internal error, 2 usage, 3 invalid spec, package, record or file, 4 no or wrong device, 5 a target
+does not compile (build) or a record is stale (check), 6 nothing could be tuned, 130 interrupted (state is kept).
 """
 
 import argparse
@@ -20,9 +21,20 @@ from moegen.plan import Plan, make_plan
 from moegen.render import RenderError
 from moegen.runtime.quant import MODES, Scheme
 from moegen.spec import DTYPES, MoESpec, Parallel, SpecError, load_spec
+from moegen.tune import commands as records
+from moegen.tune import plot
+from moegen.tune import run as tune
 
 EXIT_INVALID, EXIT_TARGET = 3, 5
 RELEASED = "released"
+
+_RECORD_COMMANDS = {
+    "check": ("validate config records", records.add_check_arguments, records.check),
+    "merge": ("merge two config records", records.add_merge_arguments, records.merge),
+    "export": ("write vLLM's or SGLang's tuned files", records.add_export_arguments, records.export),
+    "plot": ("draw speed-up, roofline and convergence", plot.add_arguments, plot.main),
+    "import": ("use a tuned file of vLLM or SGLang", records.add_import_arguments, records.import_),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,17 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     build = commands.add_parser("build", help="build a package from a spec, a known model or a config.json")
-    source = build.add_mutually_exclusive_group(required=True)
-    source.add_argument("spec", nargs="?", type=Path, help="spec.yaml, or a Hugging Face config.json or its folder")
-    source.add_argument("--model", help="a known model (moegen list)")
+    _add_spec_arguments(build, "SPEC", "spec.yaml, or a Hugging Face config.json or its folder")
     build.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder for the package (default: out)")
-    build.add_argument("--tp", type=_sizes, help="tensor-parallel sizes, for example 1,4 (default: the spec's, or 1)")
-    build.add_argument("--ep", type=_sizes, help="expert-parallel sizes (default: the spec's, or 1)")
-    build.add_argument("--dtype", type=_names(DTYPES), help=f"of {', '.join(DTYPES)} (default: the model's)")
-    quant = (
-        f"mode[:granularity] of {', '.join(MODES)}; {RELEASED}: all that `moegen list --quant` shows (default: none)"
-    )
-    build.add_argument("--quant", type=_schemes, help=quant)
     build.add_argument("--target", type=_targets, help="compile everything for cuda:90,hip:gfx942,… and report")
     build.add_argument("--json", action="store_true", help="print one JSON document")
     build.set_defaults(run=_build)
@@ -73,7 +76,34 @@ def _parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("bench", help="time a package and its peers on this GPU")
     bench.add_arguments(timing)
     timing.set_defaults(run=bench.main)
+
+    tuning = commands.add_parser("tune", help="find the fastest tile configs of a package on this GPU")
+    _add_spec_arguments(
+        tuning, "PACKAGE", "folder of an emitted package, or what `moegen build` takes: it is built first"
+    )
+    tuning.add_argument("--packages", type=Path, default=Path("out"), help="where it is built (default: out)")
+    tune.add_arguments(tuning)
+    tuning.set_defaults(run=_tune)
+
+    for name, (help_, add_arguments, run) in _RECORD_COMMANDS.items():
+        command = commands.add_parser(name, help=help_)
+        add_arguments(command)
+        command.set_defaults(run=run)
     return parser
+
+
+def _add_spec_arguments(parser: argparse.ArgumentParser, metavar: str, help_: str) -> None:
+    """What `_spec` reads."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("spec", nargs="?", type=Path, metavar=metavar, help=help_)
+    source.add_argument("--model", help="a known model (moegen list)")
+    parser.add_argument("--tp", type=_sizes, help="tensor-parallel sizes, for example 1,4 (default: the spec's, or 1)")
+    parser.add_argument("--ep", type=_sizes, help="expert-parallel sizes (default: the spec's, or 1)")
+    parser.add_argument("--dtype", type=_names(DTYPES), help=f"of {', '.join(DTYPES)} (default: the model's)")
+    quant = (
+        f"mode[:granularity] of {', '.join(MODES)}; {RELEASED}: all that `moegen list --quant` shows (default: none)"
+    )
+    parser.add_argument("--quant", type=_schemes, help=quant)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -136,6 +166,15 @@ def _build(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return EXIT_TARGET if failed else 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    package = args.spec
+    if package is None or not (package / "manifest.json").is_file():
+        package = emit(make_plan(_spec(args)), args.packages)
+    elif args.tp or args.ep or args.dtype or args.quant:
+        raise SpecError(f"{package} is built already; --tp, --ep, --dtype and --quant are for a spec or a model")
+    return tune.main(args, package)
 
 
 def _spec(args: argparse.Namespace) -> MoESpec:
@@ -212,6 +251,6 @@ def _show(args: argparse.Namespace) -> int:
     print("layers: " + ", ".join(manifest["layers"]))
     print("kernels: " + ", ".join(manifest["modules"]))
     print("targets: any GPU that Triton knows; ahead of time: moegen build --target cuda:90,hip:gfx942,…")
-    configs = [name.removeprefix("configs/") for name in manifest["files"] if name.startswith("configs/")]
-    print("tuned configs: " + (", ".join(configs) or "none, the heuristic default everywhere"))
+    lines = records.record_lines(args.package)
+    print("\n  ".join(["tuned configs:", *lines]) if lines else "tuned configs: none, the heuristic default everywhere")
     return 0

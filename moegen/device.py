@@ -1,5 +1,7 @@
 """Targets that packages are compiled for ahead of time: facts of GPUs that need not be present."""
 
+from dataclasses import replace
+
 from moegen.runtime.device import DeviceFacts
 
 # Vendors' figures: multiprocessors (compute units), bytes of shared memory (LDS) a block may use.
@@ -20,3 +22,14 @@ def target_facts(target: str) -> DeviceFacts:
     if target not in TARGETS:
         raise ValueError(f"target: {target!r} is not allowed; allowed: {', '.join(TARGETS)}")
     return TARGETS[target]
+
+
+def gpu_facts(name: str, arch: str) -> DeviceFacts:
+    """Facts of a GPU by its name and architecture, as a config record states them; ValueError lists the known ones.
+
+    What makes a tile config legal follows from the architecture, so a GPU of a known one need not have a row.
+    """
+    same = [facts for facts in TARGETS.values() if facts.arch == arch]
+    if not same:
+        raise ValueError(f"arch: {arch!r} is not known; known: {', '.join(facts.arch for facts in TARGETS.values())}")
+    return replace(same[0], name=name)

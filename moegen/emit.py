@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -27,11 +28,13 @@ def emit(plan: Plan, out: Path) -> Path:
     """Write the package of `plan` below the folder `out` and return its folder; an older one is replaced.
 
     The files are written to a temporary folder beside it and renamed into place, so a failure (RenderError,
-    EmitError) leaves an older package as it was. The same plan always gives the same bytes.
+    EmitError) leaves an older package as it was. The same plan always gives the same bytes, but for config records that
+    were written into the older package after it was built (`own_records`): they stay, in place of published ones.
     """
-    files = package_files(plan)
     target = out / plan.package_name
     try:
+        own = own_records(target)
+        files = {**package_files(plan, without=own), **own}
         _write(files, target)
     except OSError as error:
         raise EmitError(f"{target} cannot be written: {error}") from error
@@ -60,11 +63,27 @@ def _write(files: dict[str, bytes], target: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def package_files(plan: Plan) -> dict[str, bytes]:
-    """Every file of the package by its path inside it, in sorted order, the manifest included."""
+def own_records(package: Path) -> dict[str, bytes]:
+    """The config records in the folder of a package that its build did not put there, by their paths inside it.
+
+    They are the ones that its manifest does not list, or lists with another hash; all, if it has no sound manifest.
+    """
+    try:
+        listed = json.loads((package / "manifest.json").read_text())["files"]
+        listed = listed if isinstance(listed, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = {}
+    found = {
+        path.relative_to(package).as_posix(): path.read_bytes() for path in sorted(package.glob("configs/*/*.json"))
+    }
+    return {name: data for name, data in found.items() if listed.get(name) != hashlib.sha256(data).hexdigest()}
+
+
+def package_files(plan: Plan, without: Collection[str] = ()) -> dict[str, bytes]:
+    """Every file of the package but `without`, by its path inside it, in sorted order, the manifest included."""
     spec_yaml = yaml.safe_dump(plan.spec.to_dict(), sort_keys=False).encode()
     files = {"spec.yaml": spec_yaml, **_rendered(plan), **_runtime(), **_configs(plan)}
-    files = {name: files[name] for name in sorted(files)}
+    files = {name: files[name] for name in sorted(files) if name not in without}
     manifest = {
         "format": MANIFEST_FORMAT,
         "moegen": __version__,
@@ -94,9 +113,11 @@ def _rendered(plan: Plan) -> dict[str, bytes]:
     }
     sources = {}
     for module in plan.modules:
-        imports = {"along_rows", "along_tokens", "pdl_begin", "tile_order", *module.quant.imports}
+        imports = {"along_rows", "along_tokens", "pdl_begin", "tile_order"}
         if module.activation.gated:
             imports |= {"gate_up_rows", "split_gate_up"}
+        if module.quant.tma_template:
+            imports |= {"split_halves", "store_rows"}
         context = {
             "header": header,
             "quant": module.quant,

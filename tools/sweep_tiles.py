@@ -1,173 +1,220 @@
-"""Time tile configs of a package's layers on this GPU, one GEMM at a time, and write every figure to a CSV.
+"""Record exhaustive sweeps: time every tile config of a layer's space on this GPU, one GEMM at a time.
 
-    python tools/sweep_tiles.py out/moe_qwen3_30b_a3b --tokens 1,16,256 --csv sweep.csv
+    python tools/sweep_tiles.py out/moe_qwen3_30b_a3b=1,16,256 out/fp8/moe_qwen3_30b_a3b=16 --out sweeps
 
-For each token count and BLOCK_SIZE_M: gemm1's candidates with the default gemm2, then gemm2's with the best gemm1. The
-time is that of the whole layer, in a CUDA graph with cold weights (moegen.bench). Candidates are compiled ahead in one
-process a core; those that do not compile or do not fit are skipped.
+Writes one file a layer and token count, as moegen/tune/replay.py describes it. The time is that of the whole layer in a
+CUDA graph with cold weights, half of its calls with balanced and half with power-law routing; the other GEMM keeps the
+heuristic's tile config at that BLOCK_SIZE_M. Candidates compile ahead on all other cores, while others are measured.
 """
 
 import argparse
-import csv
-import itertools
+import math
 import os
+import statistics
+import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
-from moegen.bench.timing import CapturedCalls, time_interleaved
-from moegen.bench.workload import build_workload
+from moegen.aot import compile_call, meta_call
+from moegen.bench import ROUTINGS
+from moegen.bench.workload import NOMINAL_BYTES_PER_US, NOMINAL_FLOP_PER_US, build_workload, layer_bytes, layer_flops
+from moegen.device import target_facts
 from moegen.load import import_package
 from moegen.runtime.device import DeviceFacts, device_facts
-from moegen.runtime.tile import LayerTiles, TileConfig, default_tiles, why_illegal
+from moegen.runtime.layer import is_low_latency
+from moegen.runtime.tile import LayerTiles, TileConfig
+from moegen.tune.replay import OPS, Sweep, write_sweep
+from moegen.tune.trial import Measurement
 
-Job = tuple[str, str, int, str, LayerTiles]
+GRAPH_US, MAX_CALLS, REPLAYS = 1000.0, 40, 8
+TOLERANCE = 0.05  # relative difference to the heuristic's result; a config that computes something else is far above
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer of one package at one token count, with the facts that its sweep begins with."""
+
+    folder: Path
+    layer: Any
+    sweep: Sweep
+
+    def candidates(self) -> Iterator[tuple[str, TileConfig, LayerTiles]]:
+        """(op, its tile config, the pair to launch), BLOCK_SIZE_M by BLOCK_SIZE_M; the pair of starts comes first."""
+        space = self.sweep.space
+        for block_m in space.block_sizes:
+            start = space.start(block_m)
+            for op in OPS:
+                own = getattr(space, op)[block_m]
+                for tile in sorted(own.tiles, key=lambda tile: tile != own.start):
+                    yield op, tile, replace(start, **{op: tile})
 
 
 def main() -> None:
-    """Parse, compile, measure, write."""
+    """Compile, measure, write a file a cell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("packages", type=Path, nargs="+")
-    parser.add_argument("--tokens", default="1,4,16,64,256,1024,4096,16384")
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop measuring after this long")
-    parser.add_argument("--thin", type=int, default=1, help="measure every n-th candidate")
+    parser.add_argument("cells", nargs="+", metavar="PACKAGE=TOKENS,…")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further cell after this long")
     args = parser.parse_args()
-    tokens = [int(t) for t in args.tokens.split(",")]
     began = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
     device = device_facts(torch.cuda.current_device())
-    cells = [(folder, layer, t) for folder in args.packages for layer in _layers(folder) for t in tokens]
-    jobs = [
-        (str(f), layer.slug, t, f"cuda:{device.arch}", pair)
-        for f, layer, t in cells
-        for pair in _pairs(layer, t, device, args.thin)
-    ]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        list(pool.map(_compile, jobs, chunksize=8))
-    print(f"compiled {len(jobs)} pairs in {time.perf_counter() - began:.0f} s", flush=True)
-    rows = []
-    for folder, layer, t in cells:
-        if time.perf_counter() - began > args.seconds:
-            print("out of time")
-            break
-        rows += _measure(import_package(folder), layer, t, device, args.thin)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    print(f"{len(rows)} configs in {time.perf_counter() - began:.0f} s")
+    cells = [cell for text in args.cells for cell in _cells(text, device)]
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
+        compiled = _submit(pool, cells)
+        for cell in cells:
+            if time.perf_counter() - began > args.seconds:
+                print("out of time")
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+            _measure_cell(cell, compiled)
+            path = write_sweep(args.out, cell.sweep)
+            print(f"{path} {_summary(cell.sweep)} at {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def _layers(folder: Path) -> tuple[Any, ...]:
-    return tuple(import_package(folder).LAYERS)
+def _cells(text: str, device: DeviceFacts) -> Iterator[Cell]:
+    folder, _, tokens = text.partition("=")
+    for layer in import_package(Path(folder)).LAYERS:
+        for count in (int(t) for t in tokens.split(",")):
+            low = is_low_latency(layer, count, None)
+            gemms = layer.gemm("gemm1"), layer.gemm("gemm2")
+            sweep = Sweep(layer.slug, device, *gemms, count, low, triton.__version__, {op: {} for op in OPS})
+            yield Cell(Path(folder), layer, sweep)
 
 
-def candidates(layer: Any, op: str, block_m: int, tokens: int, device: DeviceFacts, thin: int) -> Iterator[TileConfig]:
-    """The legal tile configs of one GEMM with a given BLOCK_SIZE_M."""
-    gemm = layer.gemm(op)
-    small = block_m <= 32
-    sizes_n = (32, 64, 128, 256)
-    sizes_k = (64, 128, 256) if small else (64, 128)
-    groups = (1,) if small else (1, 16) if tokens > 1024 else (1,)
-    space = itertools.product(sizes_n, sizes_k, groups, (False, True), (4, 8), (3, 4, 5))
-    kept = []
-    for n, k, group, swap, warps, stages in space:
-        if (swap and block_m > 64) or n * block_m / warps < 128 or (stages == 5 and not small):
-            continue
-        tile = TileConfig(block_m, n, k, group, swap, device.has_pdl, num_warps=warps, num_stages=stages)
-        if why_illegal(tile, gemm, device) is None:
-            kept.append(tile)
-    yield from kept[::thin]
+def _key(cell: Cell, op: str, tile: TileConfig) -> tuple[object, ...]:
+    """What a compiled GEMM depends on: the token count only by whether there is a sort."""
+    return str(cell.folder), cell.layer.slug, cell.sweep.low_latency, op, tile
 
 
-def _block_sizes(layer: Any, tokens: int) -> tuple[int, ...]:
-    mean = tokens * layer.top_k / min(tokens * layer.top_k, layer.local_experts)
-    sizes = [size for size in (16, 32, 64, 128) if mean / 2 <= size <= 5 * mean or (size == 16 and mean <= 16)]
-    return tuple(sizes) or (128,)
+def _submit(pool: ProcessPoolExecutor, cells: list[Cell]) -> dict[tuple[object, ...], Future[str]]:
+    """Compile every distinct GEMM of all cells, in the order of measuring."""
+    futures: dict[tuple[object, ...], Future[str]] = {}
+    for cell in cells:
+        for op, tile, pair in cell.candidates():
+            if _key(cell, op, tile) not in futures:
+                target = f"cuda:{cell.sweep.device.arch}"
+                job = (str(cell.folder), cell.layer.slug, cell.sweep.tokens, target, op, pair)
+                futures[_key(cell, op, tile)] = pool.submit(_compile, *job)
+    return futures
 
 
-def _defaults(layer: Any, block_m: int, device: DeviceFacts) -> LayerTiles:
-    """The heuristic's tiles for the batch size at which it picks this BLOCK_SIZE_M."""
-    tokens = block_m * layer.local_experts // (2 * layer.top_k)
-    pick = default_tiles(layer.gemm("gemm1"), layer.gemm("gemm2"), max(tokens, 1), device, False)
-    return LayerTiles(replace(pick.gemm1, BLOCK_SIZE_M=block_m), replace(pick.gemm2, BLOCK_SIZE_M=block_m))
-
-
-def _pairs(layer: Any, tokens: int, device: DeviceFacts, thin: int) -> Iterator[LayerTiles]:
-    """Pairs that together hold every candidate of both GEMMs once."""
-    for block_m in _block_sizes(layer, tokens):
-        base = _defaults(layer, block_m, device)
-        lists = [list(candidates(layer, op, block_m, tokens, device, thin)) for op in ("gemm1", "gemm2")]
-        for gemm1, gemm2 in itertools.zip_longest(*lists):
-            yield LayerTiles(gemm1 or base.gemm1, gemm2 or base.gemm2)
-        yield base
-
-
-def _compile(job: Job) -> None:
-    from moegen.aot import _compiling_for, _runtime_run
-
-    folder, slug, tokens, target, tiles = job
+def _compile(folder: str, slug: str, tokens: int, target: str, op: str, tiles: LayerTiles) -> str:
+    """Compile one GEMM of a call into Triton's cache; the reason if that fails, else an empty string."""
+    torch.set_num_threads(1)
     package = import_package(Path(folder))._dispatch._PACKAGE
     layer = next(layer for layer in package.layers if layer.slug == slug)
-    from moegen.device import target_facts
+    call = meta_call(package, layer, tokens, target_facts(target))
+    found = compile_call(package, layer, call, tiles, target, lambda kernel: kernel == op)
+    return next((kernel.error for kernel in found if kernel.error), "")
 
-    with _compiling_for(target):
-        call = next(package.distinct_calls(layer, 1, target_facts(target), "meta"))[0]
-        wide = replace(
-            call,
-            hidden_states=torch.empty((tokens, layer.hidden_size), dtype=layer.dtype, device="meta"),
-            topk_weights=torch.empty((tokens, layer.top_k), device="meta"),
-            topk_ids=torch.empty((tokens, layer.top_k), dtype=torch.int32, device="meta"),
-            out=torch.empty((tokens, layer.hidden_size), dtype=layer.dtype, device="meta"),
-        )
+
+class Timer:
+    """Times pairs of tile configs on the calls of one cell, with as little host work a pair as possible."""
+
+    def __init__(self, cell: Cell) -> None:
+        package = import_package(cell.folder)._dispatch._PACKAGE
+        self._run = sys.modules[type(package).__module__].run
+        self._layer = cell.layer
+        self._calls = _calls(cell, package)
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graph: torch.cuda.CUDAGraph | None = None  # the last one stays: with it goes the pool's memory
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+        self.expected: torch.Tensor | None = None
+
+    def measure(self, tiles: LayerTiles, best_us: float) -> Measurement:
+        """Median over the replays; the first pair's result is what the others have to compute."""
+        first = self._calls[0]
         try:
-            _runtime_run(package)(layer, wide, tiles)
-        except Exception as error:  # noqa: BLE001 - the config is skipped when it is measured
-            print(f"{slug} T={tokens}: {tiles}: {str(error)[:100]}")
+            with torch.cuda.stream(self._stream):
+                first.out.fill_(float("nan"))
+                self._run(self._layer, first, tiles)
+                wrong = self._difference(first.out)
+                samples = self._samples(tiles, best_us)
+        except triton.runtime.errors.OutOfResources as error:
+            return Measurement("resources", message=str(error))
+        if not wrong <= TOLERANCE:
+            return Measurement("wrong", message=f"relative difference {wrong:.3f}")
+        low, us, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return Measurement("ok", us, (high - low) / us)
+
+    def _difference(self, out: torch.Tensor) -> float:
+        if self.expected is None:
+            self.expected = out.float().clone()
+        return float((out.float() - self.expected).norm() / self.expected.norm())
+
+    def _samples(self, tiles: LayerTiles, best_us: float) -> list[float]:
+        # Not torch.cuda.graph(): it collects garbage and empties the cache, which takes longer than the measurement.
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        for call in self._calls:
+            self._run(self._layer, call, tiles)
+        graph.capture_end()
+        self._graph = graph
+        samples: list[float] = []
+        for replays in (2, REPLAYS - 2):  # a clear loser is not worth more than two
+            graph.replay()  # untimed: keeps the device busy while the host queues ahead of it
+            self._events[0].record()
+            for event in self._events[1 : replays + 1]:
+                graph.replay()
+                event.record()
+            self._stream.synchronize()
+            pairs = zip(self._events, self._events[1 : replays + 1], strict=False)
+            samples += [before.elapsed_time(after) * 1e3 / len(self._calls) for before, after in pairs]
+            if min(samples) > 2 * best_us:
+                break
+        return samples
 
 
-def _measure(module: Any, layer: Any, tokens: int, device: DeviceFacts, thin: int) -> list[dict[str, object]]:
-    package = module._dispatch._PACKAGE
-    chosen: list[LayerTiles] = []
-    package._configs.tiles = lambda *_: chosen[0]
-    free = torch.cuda.mem_get_info()[0]
-    work = build_workload(layer, tokens, "balanced", device=torch.device("cuda"), seed=0, free_bytes=free)
-    calls = work.bind(module.fused_experts)[:32]
+def _calls(cell: Cell, package: Any) -> list[Any]:
+    """Checked calls, balanced and power-law routing by turns, about GRAPH_US of them."""
+    layer, tokens = cell.layer, cell.sweep.tokens
+    active = min(tokens * layer.top_k, layer.local_experts)
+    memory_us = layer_bytes(layer, tokens, active) / NOMINAL_BYTES_PER_US
+    us = max(memory_us, layer_flops(layer, tokens) / NOMINAL_FLOP_PER_US)
+    each = max(2, min(MAX_CALLS, math.ceil(GRAPH_US / us)) // 2)
+    calls: list[Any] = []
+    package._run = lambda _, call: calls.append(call)  # what the dispatcher would launch
+    works = []
+    for seed, routing in enumerate(ROUTINGS):
+        free = torch.cuda.mem_get_info()[0]
+        works.append(build_workload(layer, tokens, routing, device=torch.device("cuda"), seed=seed, free_bytes=free))
+    for turn in range(each):
+        for work in works:
+            work.calls[turn % len(work.calls)].run(import_package(cell.folder).fused_experts)
+    del package._run
+    return calls
 
-    def us(tiles: LayerTiles) -> float:
-        chosen[:] = [tiles]
-        package._seen.clear()
-        try:
-            return time_interleaved([CapturedCalls(calls)], replays=5, warmup_ms=0)[0].us_min
-        except Exception as error:  # noqa: BLE001 - a config that cannot run is a row, not the end
-            print(f"T={tokens} {tiles}: {str(error)[:100]}")
-            return float("inf")
 
-    rows: list[dict[str, object]] = []
-    for block_m in _block_sizes(layer, tokens):
-        best = _defaults(layer, block_m, device)
-        us(best)  # clocks settle
-        for op in ("gemm1", "gemm2"):
-            tiles = [getattr(best, op), *candidates(layer, op, block_m, tokens, device, thin)]
-            timed = [(us(replace(best, **{op: tile})), tile) for tile in tiles]
-            cell = {"layer": layer.slug, "tokens": tokens, "op": op}
-            rows += [{**cell, "us": round(time, 2), **asdict(tile)} for time, tile in timed]
-            fastest, tile = min(timed, key=lambda pair: pair[0])
-            best = replace(best, **{op: tile})
-        print(f"{layer.slug} T={tokens}: {fastest:.1f} us {_short(best.gemm1)} {_short(best.gemm2)}", flush=True)
+def _measure_cell(cell: Cell, compiled: dict[tuple[object, ...], Future[str]]) -> None:
+    timer, best = Timer(cell), math.inf
+    for _ in range(20):  # clocks settle
+        timer.measure(cell.sweep.space.default, math.inf)
+    for op, tile, pair in cell.candidates():
+        failure = compiled[_key(cell, op, tile)].result()
+        found = Measurement("compile", message=failure) if failure else timer.measure(pair, best)
+        cell.sweep.results[op][tile] = found
+        best = min(best, found.us or math.inf)
+    torch.cuda.synchronize()
+    del timer
     torch.cuda.empty_cache()
-    return rows
 
 
-def _short(tile: TileConfig) -> str:
-    sizes = f"{tile.BLOCK_SIZE_M}/{tile.BLOCK_SIZE_N}/{tile.BLOCK_SIZE_K}/{tile.GROUP_SIZE_M}"
-    return f"{sizes}/w{tile.num_warps}/s{tile.num_stages}{'/swap' if tile.SWAP_AB else ''}"
+def _summary(sweep: Sweep) -> str:
+    found = [result for results in sweep.results.values() for result in results.values()]
+    times = [result.us for result in found if result.us is not None]
+    failed = sorted({result.status for result in found if result.us is None})
+    classes = ", ".join(f"{sum(r.status == status for r in found)} {status}" for status in failed)
+    return f"{len(found)} configs ({classes or 'no failures'}), best {min(times):.1f} us"
 
 
 if __name__ == "__main__":

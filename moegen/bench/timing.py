@@ -3,7 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -58,26 +59,53 @@ def ratio(candidate: Timing, base: Timing) -> float:
     return statistics.median(c / b for c, b in zip(candidate.samples, base.samples, strict=True))
 
 
+class GraphMemory:
+    """Device memory and a stream that graphs captured one after another share.
+
+    The memory stays allocated when a graph goes, so that the next capture asks the driver for none. Graphs that live at
+    the same time may share it as well, as long as they are replayed one at a time and keep what they return.
+    """
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        self._kept = torch.cuda.CUDAGraph()  # a pool goes with the last graph that uses it
+        with self.capture(self._kept):
+            self._anchor = torch.zeros(1, device="cuda")
+
+    @contextmanager
+    def capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Capture what is queued inside into `graph`; unlike torch.cuda.graph, nothing is returned to the device."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool)
+            try:
+                yield
+            finally:
+                graph.capture_end()
+
+
 class CapturedCalls:
     """One CUDA graph of `calls`, in order, after one eager pass over all of them (compilation, workspaces).
 
-    outputs holds what each call returned during the capture, so that no call's result overwrites an earlier one.
+    outputs holds what each call returned during the capture, so that no call's result overwrites an earlier one. With
+    `memory`, for many captures in a row, there is no eager pass: the caller has run what has to be compiled.
     """
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], memory: GraphMemory | None = None) -> None:
         if not calls:
             raise ValueError("calls: at least one is needed, got none")
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for call in calls:
-                call()
-        torch.cuda.synchronize()
-        release_memory()  # the eager pass cached as much as the graph's own pool will take
         self.size = len(calls)
+        self.outputs: list[object] = []
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self.outputs: list[object] = [call() for call in calls]
+        if memory is None:
+            stream = _run_aside(calls)
+            release_memory()  # the eager pass cached as much as the graph's own pool will take
+            capture: AbstractContextManager[None] = torch.cuda.graph(self._graph, stream=stream)
+        else:
+            capture = memory.capture(self._graph)
+        with capture:
+            self.outputs += [call() for call in calls]
         torch.cuda.synchronize()
 
     def replay(self) -> None:
@@ -108,8 +136,13 @@ def time_interleaved(
         raise ValueError(f"replays: must be at least 1, got {replays}")
     if not captured:
         return []
-    events = [[_event_pair() for _ in range(replays)] for _ in captured]
     _warm_up(captured, warmup_ms)
+    return time_rounds(captured, replays)
+
+
+def time_rounds(captured: Sequence[CapturedCalls], replays: int) -> list[Timing]:
+    """`time_interleaved` of at least one graph, without the warm-up: for graphs that have just been replayed."""
+    events = [[_event_pair() for _ in range(replays)] for _ in captured]
     captured[0].replay()  # untimed: keeps the device busy while the host queues ahead of it
     for turn in range(replays):
         for index in rotated(len(captured), turn):
@@ -122,6 +155,17 @@ def time_interleaved(
         Timing(tuple(start.elapsed_time(end) * 1e3 / graph.size for start, end in pairs))
         for graph, pairs in zip(captured, events, strict=True)
     ]
+
+
+def _run_aside(calls: Sequence[Call]) -> torch.cuda.Stream:
+    """Run all calls on a stream of their own, wait for them and return the stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    return stream
 
 
 def rotated(count: int, turn: int) -> list[int]:

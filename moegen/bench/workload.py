@@ -152,12 +152,17 @@ def copies_wanted(active_bytes: float) -> int:
     return max(2, math.ceil(COLD_BYTES / active_bytes))
 
 
+def nominal_us(layer: Layer, tokens: int, active_experts: float) -> float:
+    """About what one call takes, µs: only to choose the number of calls."""
+    memory_us = layer_bytes(layer, tokens, active_experts) / NOMINAL_BYTES_PER_US
+    return max(memory_us, layer_flops(layer, tokens) / NOMINAL_FLOP_PER_US)
+
+
 def calls_wanted(layer: Layer, tokens: int, active_experts: float, copies: int) -> int:
     """Calls in the graph: a multiple of copies, enough to hide its start and to average over routings."""
-    memory_us = layer_bytes(layer, tokens, active_experts) / NOMINAL_BYTES_PER_US
-    nominal_us = max(memory_us, layer_flops(layer, tokens) / NOMINAL_FLOP_PER_US)
-    least = 8 if nominal_us < 5000 else 4  # long calls have many tokens: their routings hardly differ in cost
-    wanted = max(least, math.ceil(MIN_GRAPH_US / nominal_us))
+    one_us = nominal_us(layer, tokens, active_experts)
+    least = 8 if one_us < 5000 else 4  # long calls have many tokens: their routings hardly differ in cost
+    wanted = max(least, math.ceil(MIN_GRAPH_US / one_us))
     return copies * min(math.ceil(wanted / copies), max(1, MAX_CALLS // copies))
 
 
@@ -229,7 +234,7 @@ def build_workload(
     def popularity(generator: torch.Generator) -> torch.Tensor:
         return draw_log_popularity(layer.local_experts, routing, generator, alpha=alpha)
 
-    fewest = _fewest_active(layer, tokens, popularity, torch.Generator(device).manual_seed(seed + 1))
+    fewest = fewest_active(layer, tokens, popularity, torch.Generator(device).manual_seed(seed + 1))
     wanted = copies_wanted(fewest * expert_bytes(layer))
     copies = min(wanted, MAX_CALLS, copies_allowed(layer, tokens, candidates, free_bytes))
     count = calls_wanted(layer, tokens, fewest, copies)
@@ -287,7 +292,7 @@ def active_experts(topk_ids: torch.Tensor) -> int:
     return int(torch.unique(topk_ids).numel())
 
 
-def _fewest_active(
+def fewest_active(
     layer: Layer, tokens: int, popularity: Callable[[torch.Generator], torch.Tensor], generator: torch.Generator
 ) -> int:
     """The fewest distinct experts of a few draws: what the number of copies has to assume."""

@@ -91,8 +91,11 @@ def _tiles(path: Path, key: str, entry: object, layer: Layer, device: DeviceFact
     if tiles["gemm1"].BLOCK_SIZE_M != tiles["gemm2"].BLOCK_SIZE_M:
         sizes = f"{tiles['gemm1'].BLOCK_SIZE_M} and {tiles['gemm2'].BLOCK_SIZE_M}"
         raise RecordError(f"{path}: buckets.{key}: BLOCK_SIZE_M of gemm1 and gemm2 are {sizes}; allowed: one value")
-    if "stream" in (tiles["gemm1"].family, tiles["gemm2"].family) and tiles["gemm1"] != tiles["gemm2"]:
-        raise RecordError(f"{path}: buckets.{key}: gemm1 and gemm2 differ; allowed with family=stream: one tile config")
+    if tiles["gemm1"].family != tiles["gemm2"].family:
+        names = f"{tiles['gemm1'].family} and {tiles['gemm2'].family}"
+        raise RecordError(f"{path}: buckets.{key}: family of gemm1 and gemm2 are {names}; allowed: one value")
+    if tiles["gemm1"].family == "stream" and (key != "1" or tiles["gemm1"] != tiles["gemm2"]):
+        raise RecordError(f"{path}: buckets.{key}: family=stream is for bucket 1, with one tile config for both GEMMs")
     return LayerTiles(tiles["gemm1"], tiles["gemm2"])
 
 
@@ -110,28 +113,29 @@ class Configs:
         tokens: int,
         expert_map: torch.Tensor | None,
         device: DeviceFacts,
-        readable: bool = True,
+        portable: bool = False,
     ) -> LayerTiles:
         """Tile configs of `layer` for `tokens` >= 1 tokens on `device`.
 
-        A record answers for token counts up to half an octave outside its smallest and largest bucket, nearest
-        bucket in log space; the heuristic answers for the rest, by bucket, so that the kernels stay few, and where a
-        record's family does not serve the call: too many tokens, or tensors not `readable` (stream.stream_readable).
+        A record answers for token counts within half an octave of one of its buckets, the nearest in log space; the
+        heuristic answers for the rest, by bucket, so that the kernels stay few. With `portable` the heuristic answers
+        in any case, and with that family.
         """
         low_latency = is_low_latency(layer, tokens, expert_map)
-        key = (layer.slug, tokens, low_latency, device, readable)
+        key = (layer.slug, tokens, low_latency, device, portable)
         chosen = self._chosen.get(key)
         if chosen is None:
-            chosen = self._chosen[key] = self._choose(layer, tokens, low_latency, device, readable)
+            chosen = self._chosen[key] = self._choose(layer, tokens, low_latency, device, portable)
         return chosen
 
-    def _choose(self, layer: Layer, tokens: int, low_latency: bool, device: DeviceFacts, readable: bool) -> LayerTiles:
-        record = self._record(layer, device)
-        if record and min(record) / math.sqrt(2) <= tokens <= max(record) * math.sqrt(2):
-            tiles = record[bucket_of(tokens, tuple(sorted(record)))]
-            if tiles.gemm1.family != "stream" or (readable and tokens <= tiles.gemm1.BLOCK_SIZE_M):
-                return tiles
-        return default_tiles(layer.gemm("gemm1"), layer.gemm("gemm2"), bucket_of(tokens), device, low_latency)
+    def _choose(self, layer: Layer, tokens: int, low_latency: bool, device: DeviceFacts, portable: bool) -> LayerTiles:
+        record = {} if portable else self._record(layer, device)
+        if record:
+            bucket = bucket_of(tokens, tuple(sorted(record)))
+            if max(bucket / tokens, tokens / bucket) <= math.sqrt(2):
+                return record[bucket]
+        gemms = layer.gemm("gemm1"), layer.gemm("gemm2")
+        return default_tiles(*gemms, bucket_of(tokens), device, low_latency, portable)
 
     def _record(self, layer: Layer, device: DeviceFacts) -> dict[int, LayerTiles]:
         key = (layer.slug, device)

@@ -64,6 +64,64 @@ def split_gate_up(acc, SPAN: tl.constexpr, SWAP_AB: tl.constexpr):
 
 
 @triton.jit
+def group_scale(largest, LEAST: tl.constexpr, LARGEST: tl.constexpr, UE8M0: tl.constexpr):
+    """Scale of a group of activations whose largest magnitude is `largest`: LARGEST is what the 8-bit type holds."""
+    step = tl.div_rn(tl.maximum(largest, LEAST), LARGEST)
+    if UE8M0:  # up to the next power of two: add all mantissa bits, then cut them off
+        bits = step.to(tl.int32, bitcast=True) + 0x7FFFFF
+        step = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    return step
+
+
+@triton.jit
+def divide(values, step):
+    """values / step, correctly rounded, for one division a step instead of one a value (Markstein's algorithm)."""
+    inverse = tl.div_rn(1.0, step)
+    quotient = values * inverse
+    return tl.fma(tl.fma(-quotient, step, values), inverse, quotient)
+
+
+@triton.jit
+def to_8_bit(scaled, LARGEST: tl.constexpr, dtype: tl.constexpr):
+    """Clamp and round to nearest values that are divided by their scale."""
+    scaled = tl.clamp(scaled, -LARGEST, LARGEST)
+    if dtype == tl.int8:
+        scaled = tl.floor(scaled + 0.5)
+    return scaled.to(dtype)
+
+
+@triton.jit
+def split_halves(acc):
+    """[M, N] -> the left and the right N / 2 columns; moves no data between threads for a tensor-core accumulator."""
+    M: tl.constexpr = acc.shape[0]
+    HALF: tl.constexpr = acc.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(acc, (M, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def store_rows(
+    out, out_scale, values, rows, live, column, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, UE8M0: tl.constexpr
+):
+    """Store values [M, N] in the columns from `column` on of the rows [M] of out, which has COLUMNS columns.
+
+    With out_scale [rows, ceil(COLUMNS / N)] they are quantised, N columns a group: to the same bits as values of the
+    type DTYPE by `quantise`.
+    """
+    N: tl.constexpr = values.shape[1]
+    columns = column + tl.arange(0, N)
+    inside = live[:, None] & (columns < COLUMNS)[None, :]
+    rows = rows.to(tl.int64)
+    if out_scale is not None:
+        LARGEST: tl.constexpr = 127.0 if out.dtype.element_ty == tl.int8 else 448.0
+        values = tl.where((columns < COLUMNS)[None, :], values.to(DTYPE).to(tl.float32), 0.0)
+        step = group_scale(tl.max(tl.abs(values), 1), 1e-10, LARGEST, UE8M0)
+        scales = out_scale + rows * ((COLUMNS + N - 1) // N) + column // N
+        tl.store(scales, step, mask=live & (column < COLUMNS))
+        values = to_8_bit(divide(values, step[:, None]), LARGEST, out.dtype.element_ty)
+    tl.store(out + rows[:, None] * COLUMNS + columns[None, :], values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def along_tokens(values, SWAP_AB: tl.constexpr):
     """A vector over the tile's tokens, ready to broadcast against the accumulator."""
     if SWAP_AB:
@@ -79,113 +137,3 @@ def along_rows(values, SWAP_AB: tl.constexpr):
         return values[:, None]
     else:
         return values[None, :]
-
-
-@triton.jit
-def decode_scale(stored):
-    """float32 value of a stored scale: a float type as it is, uint8 as an e8m0 exponent (2 ** (byte - 127))."""
-    if stored.dtype == tl.uint8:
-        bits = stored.to(tl.int32) << 23
-        # Byte 0 would be a float32 zero in these bits; 2 ** -127 is the subnormal below the smallest normal number.
-        return tl.where(stored == 0, 0x400000, bits).to(tl.float32, bitcast=True)
-    else:
-        return stored.to(tl.float32)
-
-
-@triton.jit
-def load_groups(stored, rows, k, DEPTH: tl.constexpr, GROUP_K: tl.constexpr, BLOCK_SIZE_K: tl.constexpr):
-    """What step k needs of `stored` [rows, ceil(DEPTH / GROUP_K)]: [N, 1], or [N, BLOCK_SIZE_K / GROUP_K]."""
-    GROUPS: tl.constexpr = (DEPTH + GROUP_K - 1) // GROUP_K
-    start = stored + rows * GROUPS
-    if BLOCK_SIZE_K <= GROUP_K:
-        return tl.load(start + k * BLOCK_SIZE_K // GROUP_K)[:, None]
-    else:
-        group = k * (BLOCK_SIZE_K // GROUP_K) + tl.arange(0, BLOCK_SIZE_K // GROUP_K)
-        return tl.load(start[:, None] + group[None, :], mask=(group < GROUPS)[None, :], other=0.0)
-
-
-@triton.jit
-def spread_groups(values, GROUP_K: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, VALUES_PER_BYTE: tl.constexpr):
-    """Group values of `load_groups` for every byte of a weight tile: [N, 1] as it is, else [N, bytes]."""
-    if BLOCK_SIZE_K <= GROUP_K:
-        return values
-    else:
-        N: tl.constexpr = values.shape[0]
-        STEP: tl.constexpr = BLOCK_SIZE_K // GROUP_K
-        wide = tl.broadcast_to(values[:, :, None], (N, STEP, GROUP_K // VALUES_PER_BYTE))
-        return tl.reshape(wide, (N, BLOCK_SIZE_K // VALUES_PER_BYTE))
-
-
-@triton.jit
-def load_packed_zeros(
-    stored, expert, rows, k, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP_K: tl.constexpr, BLOCK_SIZE_K: tl.constexpr
-):
-    """4-bit zero points as float32, shaped like `load_groups`; packed along the rows, low nibble = even row."""
-    tile = load_groups(stored, expert * ((ROWS + 1) // 2) + rows // 2, k, DEPTH, GROUP_K, BLOCK_SIZE_K)
-    return ((tile >> (4 * (rows % 2))[:, None]) & 0xF).to(tl.float32)
-
-
-@triton.jit
-def load_zeros(
-    stored, expert, rows, k, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP_K: tl.constexpr, BLOCK_SIZE_K: tl.constexpr
-):
-    """8-bit zero points as float32, shaped like `load_groups`."""
-    return load_groups(stored, expert * ROWS + rows, k, DEPTH, GROUP_K, BLOCK_SIZE_K).to(tl.float32)
-
-
-@triton.jit
-def interleave(low, high):
-    """[N, n], [N, n] -> [N, 2n]: low and high by turns."""
-    return tl.reshape(tl.join(low, high), (low.shape[0], 2 * low.shape[1]))
-
-
-# Integers below 2 ** 23 as the low mantissa bits of 2 ** 23: a logic operation and a subtraction instead of a
-# conversion, which runs at a fraction of their rate.
-_MAGIC_BITS = tl.constexpr(0x4B000000)
-_MAGIC = tl.constexpr(8388608.0)
-
-
-@triton.jit
-def real_int4(tile, scale, zero):
-    """[N, K / 2] bytes -> [N, K] float32 (nibble - zero) * scale; scale and zero are one value a byte, or a number."""
-    bits = tile.to(tl.int32)
-    low = ((bits & 0xF) | _MAGIC_BITS).to(tl.float32, bitcast=True) - (_MAGIC + zero)
-    # The high nibble stays where it is, 16 times too large: no shift.
-    high = ((bits & 0xF0) | _MAGIC_BITS).to(tl.float32, bitcast=True) - (_MAGIC + 16.0 * zero)
-    return interleave(low * scale, high * (scale * 0.0625))
-
-
-@triton.jit
-def real_uint8(tile, scale, zero):
-    """[N, K] bytes -> float32 (byte - zero) * scale."""
-    return ((tile.to(tl.int32) | _MAGIC_BITS).to(tl.float32, bitcast=True) - (_MAGIC + zero)) * scale
-
-
-@triton.jit
-def real_float8(tile, scale):
-    """[N, K] float8 -> float32 value * scale."""
-    return tile.to(tl.float32) * scale
-
-
-E2M1_SMALL = tl.constexpr(2.0**-32)  # see real_e2m1
-
-
-@triton.jit
-def real_e2m1(tile, scale, SMALL: tl.constexpr):
-    """[N, K / 2] bytes -> [N, K] float32 e2m1 value * scale (OCP MX: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives).
-
-    Exponent and mantissa bits of e2m1 are moved to the lowest exponent bits and the highest mantissa bit of a float32,
-    which is then 2 ** 126 too small; subnormals included, so 0.5 needs no case of its own. One product repairs that and
-    applies the scale. With SMALL the result stays E2M1_SMALL times too small, for the accumulator to make up for, and
-    scales from 2 ** -94 to 2 ** 33 are exact; without, a second product is needed (float16 has no room for small ones).
-    """
-    bits = tile.to(tl.int32)
-    low = ((bits << 28) & -0x80000000) | ((bits << 22) & 0x01C00000)
-    high = ((bits << 24) & -0x80000000) | ((bits << 18) & 0x01C00000)
-    factor = scale * 2.0**94
-    low = low.to(tl.float32, bitcast=True) * factor
-    high = high.to(tl.float32, bitcast=True) * factor
-    if SMALL:
-        return interleave(low, high)
-    else:
-        return interleave(low * 2.0**32, high * 2.0**32)

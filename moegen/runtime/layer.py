@@ -1,6 +1,6 @@
 """Layer: one (shape, dtype, quant scheme) of a package, and the launches that make up one call of it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -13,8 +13,9 @@ from .kernel_parts import pdl_option
 from .quant import Scheme
 from .quantise import Activations, Slots, quantise
 from .reduce import reduce_launch_key, top_k_reduce
-from .stream import padded_tokens, run_stream
+from .stream import run_stream
 from .tile import Gemm, LayerTiles, TileConfig
+from .tma import run_tma
 from .weight import Weight
 
 # sorted_token_ids, expert_ids, num_tokens_post_padded; the first and the last are None for the low-latency assignment.
@@ -72,6 +73,8 @@ class Layer:
             w_bits=8 // self.scheme.row.values_per_byte if self.scheme.kind else 8 * size,
             group_k=self.scheme.group_k,
             zero_points=self.scheme.zero_points,
+            group_n=self.scheme.group_n if self.scheme.kind == "NxK" else 0,
+            interleaved=op == "gemm1" and self.activation.interleaved,
         )
 
 
@@ -99,12 +102,9 @@ def is_low_latency(layer: Layer, tokens: int, expert_map: torch.Tensor | None) -
 def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> tuple[object, ...]:
     """Equal for two token counts iff they run the same compiled kernels."""
     if tiles.gemm1.family == "stream":
-        if tokens == 1 and expert_map is None:
-            return tiles, padded_tokens(tokens), None
-        align_key = align_launch_key(tokens * layer.top_k, _aligned_experts(layer, expert_map))
-        return tiles, padded_tokens(tokens), align_key
+        return (tiles,)
     reduce_key = reduce_launch_key(tokens, layer.hidden_size, layer.dtype.itemsize)
-    if is_low_latency(layer, tokens, expert_map):
+    if is_low_latency(layer, tokens, expert_map) and tiles.gemm1.family != "tma":
         return tiles, reduce_key, None
     return tiles, reduce_key, align_launch_key(tokens * layer.top_k, _aligned_experts(layer, expert_map))
 
@@ -116,12 +116,13 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     All memory comes from torch's caching allocator within the call: reused from call to call, and safe on every
     stream and in CUDA graphs.
     """
-    x, w13, w2 = call.hidden_states, call.w13, call.w2
     if tiles.gemm1.family == "stream":
-        blocks = replace(tiles.gemm1, BLOCK_SIZE_M=padded_tokens(x.shape[0]))
-        lone = x.shape[0] == 1 and call.expert_map is None
-        run_stream(layer, call, tiles.gemm1, None if lone else _align(layer, call, blocks))
+        run_stream(layer, call, tiles.gemm1)
         return
+    if tiles.gemm1.family == "tma":
+        run_tma(layer, call, tiles, _align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map))
+        return
+    x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()
     assignment: Assignment
     if is_low_latency(layer, x.shape[0], call.expert_map):

@@ -11,8 +11,8 @@ from .configs import Configs
 from .device import DeviceFacts, device_facts
 from .layer import Call, Layer, launch_key, run
 from .reference import moe_reference
-from .stream import stream_readable
 from .tile import LayerTiles
+from .tma import readable_by_tma
 from .weight import PARTS, Weight, named_tensors
 
 _WEIGHT_ARGUMENTS = ", ".join(
@@ -96,11 +96,12 @@ class Package:
 
     def _run(self, layer: Layer, call: Call) -> None:
         tokens = call.hidden_states.shape[0]
-        device = device_facts(torch.cuda.current_device())
+        index = torch.cuda.current_device()
+        device = device_facts(index)
         tiles = self._configs.tiles(layer, tokens, call.expert_map, device)
-        if tiles.gemm1.family == "stream" and not stream_readable(call):
-            tiles = self._configs.tiles(layer, tokens, call.expert_map, device, readable=False)
-        key = (layer.slug, tokens, device, tiles.gemm1.family, *_variant(call))
+        if tiles.gemm1.family != "portable" and not readable_by_tma(call):
+            tiles = self._configs.tiles(layer, tokens, call.expert_map, device, portable=True)
+        key = (layer.slug, tokens, index, tiles.gemm1.family, *_variant(call))
         if key in self._seen:
             run(layer, call, tiles)
             return
@@ -170,7 +171,14 @@ def _variant(call: Call) -> tuple[object, ...]:
     """What of a call, besides the token count, selects other compiled kernels."""
     weights = [part for w in (call.w13, call.w2) for part in (_kind(w.values), _kind(w.scale), _kind(w.bias))]
     static = (call.w13.input_scale is None, call.w2.input_scale is None)
-    return (call.expert_map is None, call.topk_ids.dtype, call.apply_router_weight_on_input, *weights, *static)
+    aligned = [_alignment(t) for t in (call.hidden_states, call.w13.values, call.w2.values, call.out)]
+    routing = (call.expert_map is None, call.topk_ids.dtype, call.apply_router_weight_on_input)
+    return (*routing, *weights, *static, *aligned)
+
+
+def _alignment(tensor: torch.Tensor) -> tuple[bool, ...]:
+    """Triton compiles other code, with narrower loads, where an address or a stride is not a multiple of 16."""
+    return (tensor.data_ptr() % 16 == 0, *(stride % 16 == 0 for stride in tensor.stride()[:-1]))
 
 
 def _kind(part: torch.Tensor | None) -> torch.dtype | None:

@@ -1,6 +1,8 @@
 """Dynamic and static quantisation of activations, one launch (two for a dynamic scale of the whole tensor).
 
 Formulas are those of vLLM's quantisers, except that int8 rounds to nearest everywhere (vLLM truncates int8 groups).
+Quotients are correctly rounded: those of 16-bit values often lie half-way between two 8-bit ones, where the usual
+approximation decides by its own error, and results would depend on the compiler.
 """
 
 from typing import NamedTuple
@@ -9,13 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernel_parts import pdl_begin, pdl_option
+from .kernel_parts import divide, group_scale, pdl_begin, pdl_option, to_8_bit
 from .quant import Scheme
 from .reduce import is_live
 from .weight import FP8_MAX, INT8_MAX
 
+_PROGRAM_VALUES = 2048  # 16 a thread of four warps: two 16-byte loads of 16-bit values are in flight
 _TENSOR_PROGRAMS = 512  # partial maxima of a whole-tensor scale; every program of the second launch reads them all
-_TENSOR_BLOCK = 4096
+_TENSOR_GROUP = 128  # columns that a program takes at a time of a row, where one scale covers the whole tensor
 
 
 class Activations(NamedTuple):
@@ -63,12 +66,12 @@ def quantise(
     groups = triton.cdiv(depth, group)
     scale = x.new_empty((rows, groups), dtype=torch.float32)
     group_block = triton.next_power_of_2(group)
-    per_program = max(1, min(triton.next_power_of_2(groups), 2048 // group_block))
-    _quantise_groups[(rows, triton.cdiv(groups, per_program))](
-        x, values, scale, *routing, depth, x.stride(0), groups,
-        LARGEST=largest, GROUP=group, GROUP_BLOCK=group_block, GROUPS=per_program,
+    per_program = max(1, _PROGRAM_VALUES // group_block)
+    _quantise_groups[(triton.cdiv(rows * groups, per_program),)](
+        x, values, scale, *routing, rows, x.stride(0),
+        LARGEST=largest, DEPTH=depth, GROUP=group, GROUP_BLOCK=group_block, GROUPS=per_program,
         LEAST=_least(scheme, largest), UE8M0=scheme.ue8m0 or fake, FAKE=fake, PDL=pdl,
-        num_warps=max(1, min(8, per_program * group_block // 512)), **pdl_option(pdl),
+        num_warps=max(4, min(8, group_block // 512)), **pdl_option(pdl),
     )  # fmt: skip
     return Activations(values, None if fake else scale)
 
@@ -83,15 +86,17 @@ def _by_tensor(
 ) -> Activations:
     rows, depth = x.shape
     scale, partial = static_scale, None
+    sizes = {"DEPTH": depth, "GROUP": _TENSOR_GROUP, "PDL": pdl, **pdl_option(pdl)}
     if scale is None:
         scale, partial = x.new_empty(1 + _TENSOR_PROGRAMS, dtype=torch.float32).split((1, _TENSOR_PROGRAMS))
+        groups = 4 * _PROGRAM_VALUES // _TENSOR_GROUP  # few programs, each with many loads in flight
         _tensor_maximum[(_TENSOR_PROGRAMS,)](
-            x, partial, *routing, rows, depth, x.stride(0), BLOCK=_TENSOR_BLOCK, PDL=pdl, num_warps=8, **pdl_option(pdl)
-        )
-    block = min(_TENSOR_BLOCK, triton.next_power_of_2(depth))
-    _quantise_tensor[(rows, triton.cdiv(depth, block))](
-        x, values, scale, partial, *routing, depth, x.stride(0),
-        LARGEST=largest, PARTIALS=_TENSOR_PROGRAMS, BLOCK=block, PDL=pdl, num_warps=4, **pdl_option(pdl),
+            x, partial, *routing, rows, x.stride(0), GROUPS=groups, **sizes, num_warps=8
+        )  # fmt: skip
+    groups = _PROGRAM_VALUES // _TENSOR_GROUP
+    _quantise_tensor[(triton.cdiv(rows * triton.cdiv(depth, _TENSOR_GROUP), groups),)](
+        x, values, scale, partial, *routing, rows, x.stride(0),
+        LARGEST=largest, PARTIALS=_TENSOR_PROGRAMS, GROUPS=groups, **sizes, num_warps=4,
     )  # fmt: skip
     return Activations(values, scale.view(1))
 
@@ -102,23 +107,32 @@ def _least(scheme: Scheme, largest: float) -> float:
 
 
 @triton.jit
-def _is_live(topk_ids, expert_map, num_experts, num_local, row):
-    if topk_ids is None:
-        return row >= 0
-    else:
-        return is_live(tl.load(topk_ids + row), expert_map, num_experts, num_local)
+def _some_groups(
+    index,
+    topk_ids,
+    expert_map,
+    num_experts,
+    num_local,
+    rows,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+):
+    """Of groups `index` [n], all rows in one sequence: row, columns [n, GROUP_BLOCK], and which of both count."""
+    ROW_GROUPS: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
+    row = index // ROW_GROUPS
+    live = row < rows
+    if topk_ids is not None:
+        live &= is_live(tl.load(topk_ids + row, mask=live, other=-1), expert_map, num_experts, num_local)
+    lane = tl.arange(0, GROUP_BLOCK)
+    column = (index % ROW_GROUPS * GROUP)[:, None] + lane[None, :]
+    inside = live[:, None] & (lane < GROUP)[None, :] & (column < DEPTH)
+    return row.to(tl.int64), column, live, inside
 
 
-@triton.jit
-def _store_quantised(pointers, values, mask, LARGEST: tl.constexpr):
-    """Clamp, round to nearest and store values that are already divided by their scale."""
-    values = tl.clamp(values, -LARGEST, LARGEST)
-    if pointers.dtype.element_ty == tl.int8:
-        values = tl.floor(values + 0.5)
-    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["num_experts", "num_local"])
+@triton.jit(
+    do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
+)
 def _quantise_groups(
     x,
     out,
@@ -127,10 +141,10 @@ def _quantise_groups(
     expert_map,
     num_experts,
     num_local,
-    depth,
+    rows,
     stride,
-    groups,
     LARGEST: tl.constexpr,
+    DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -139,29 +153,27 @@ def _quantise_groups(
     FAKE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (row, block of GROUPS groups): one scale a group of GROUP values."""
+    """Program p: GROUPS groups of the rows' groups in one sequence, so that short rows fill a program too."""
     pdl_begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    if not _is_live(topk_ids, expert_map, num_experts, num_local, row):
-        return
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    lane = tl.arange(0, GROUP_BLOCK)
-    column = group[:, None] * GROUP + lane[None, :]
-    inside = (lane < GROUP)[None, :] & (column < depth)
-    values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    step = tl.maximum(tl.max(tl.abs(values), 1), LEAST) / LARGEST
-    if UE8M0:  # up to the next power of two: add all mantissa bits, then cut them off
-        bits = step.to(tl.int32, bitcast=True) + 0x7FFFFF
-        step = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    row, column, live, inside = _some_groups(
+        index, topk_ids, expert_map, num_experts, num_local, rows, DEPTH, GROUP, GROUP_BLOCK
+    )
+    values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    step = group_scale(tl.max(tl.abs(values), 1), LEAST, LARGEST, UE8M0)
+    scaled = divide(values, step[:, None])
+    stored = out + (row * DEPTH)[:, None] + column
     if FAKE:
-        rounded = tl.clamp(values / step[:, None], -LARGEST, LARGEST).to(tl.float8e4nv).to(tl.float32)
-        tl.store(out + row * depth + column, (rounded * step[:, None]).to(out.dtype.element_ty), mask=inside)
+        rounded = tl.clamp(scaled, -LARGEST, LARGEST).to(tl.float8e4nv).to(tl.float32)
+        tl.store(stored, (rounded * step[:, None]).to(out.dtype.element_ty), mask=inside)
     else:
-        tl.store(scale + row * groups + group, step, mask=group < groups)
-        _store_quantised(out + row * depth + column, values / step[:, None], inside, LARGEST)
+        tl.store(scale + index, step, mask=live)
+        tl.store(stored, to_8_bit(scaled, LARGEST, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_local", "rows"])
+@triton.jit(
+    do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
+)
 def _tensor_maximum(
     x,
     partial,
@@ -170,26 +182,28 @@ def _tensor_maximum(
     num_experts,
     num_local,
     rows,
-    depth,
     stride,
-    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program p: largest magnitude of the rows p, p + programs, …"""
+    """Program p: largest magnitude of every num_programs-th block of GROUPS groups."""
     pdl_begin(PDL)
-    lane = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), tl.float32)
-    first = tl.program_id(0).to(tl.int64)
-    for step in range(0, rows - tl.program_id(0), tl.num_programs(0)):
-        row = first + step
-        live = _is_live(topk_ids, expert_map, num_experts, num_local, row)
-        for start in range(0, depth, BLOCK):
-            mask = (start + lane < depth) & live
-            largest = tl.maximum(largest, tl.abs(tl.load(x + row * stride + start + lane, mask=mask, other=0.0)))
-    tl.store(partial + tl.program_id(0), tl.max(largest, 0))
+    largest = tl.zeros((GROUPS, GROUP), tl.float32)
+    for first in range(tl.program_id(0) * GROUPS, rows * tl.cdiv(DEPTH, GROUP), tl.num_programs(0) * GROUPS):
+        index = first + tl.arange(0, GROUPS)
+        row, column, _, inside = _some_groups(
+            index, topk_ids, expert_map, num_experts, num_local, rows, DEPTH, GROUP, GROUP
+        )
+        values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.abs(values.to(tl.float32)))
+    tl.store(partial + tl.program_id(0), tl.max(tl.max(largest, 1), 0))
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_local"])
+@triton.jit(
+    do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
+)
 def _quantise_tensor(
     x,
     out,
@@ -199,24 +213,27 @@ def _quantise_tensor(
     expert_map,
     num_experts,
     num_local,
-    depth,
+    rows,
     stride,
     LARGEST: tl.constexpr,
     PARTIALS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (row, block): one scale [1] for the whole tensor, read, or made from partial maxima and written."""
+    """One scale [1] for the whole tensor, read, or made from partial maxima and written; program p: GROUPS groups."""
     pdl_begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
     if partial is None:
         step = tl.load(scale)
     else:
-        step = tl.maximum(tl.max(tl.load(partial + tl.arange(0, PARTIALS)), 0) / LARGEST, 1e-10)
-        if (row == 0) & (tl.program_id(1) == 0):
+        step = tl.maximum(tl.div_rn(tl.max(tl.load(partial + tl.arange(0, PARTIALS)), 0), LARGEST), 1e-10)
+        if tl.program_id(0) == 0:
             tl.store(scale, step)
-    if not _is_live(topk_ids, expert_map, num_experts, num_local, row):
-        return
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(x + row * stride + column, mask=column < depth, other=0.0).to(tl.float32)
-    _store_quantised(out + row * depth + column, values / step, column < depth, LARGEST)
+    index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    row, column, _, inside = _some_groups(
+        index, topk_ids, expert_map, num_experts, num_local, rows, DEPTH, GROUP, GROUP
+    )
+    values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    rounded = to_8_bit(divide(values, step), LARGEST, out.dtype.element_ty)
+    tl.store(out + (row * DEPTH)[:, None] + column, rounded, mask=inside)

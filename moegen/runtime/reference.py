@@ -1,6 +1,7 @@
 """The layer in plain torch: the oracle of tests, benchmark and tuner, and the path of CPU tensors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -35,29 +36,64 @@ def moe_reference(
     in Llama 4), so a bias is not weighted.
     """
     first, second = Weight.of("w13", w13, named), Weight.of("w2", w2, named)
-    hidden_size, ids = hidden_states.shape[1], local_ids(topk_ids, expert_map, w13.shape[0])
-    intermediate_size = w13.shape[1] // (2 if activation.gated else 1)
+    slots = LiveSlots.of(topk_weights.to(compute_dtype), topk_ids, expert_map, w13.shape[0])
     x = round_activations(hidden_states.to(compute_dtype), scheme, w13.dtype, first.input_scale)
-    weights = topk_weights.to(compute_dtype)
-    tokens, slots = (ids >= 0).nonzero(as_tuple=True)
-    experts, weight = ids[tokens, slots], weights[tokens, slots, None]
-    hidden = x.new_empty((tokens.numel(), intermediate_size))
-    for expert, rows in _by_expert(experts):
-        part = x[tokens[rows]] @ dequantise(first, scheme, expert, hidden_size).to(compute_dtype).T
-        if apply_router_weight_on_input:
-            part = part * weight[rows]
-        if first.bias is not None:
-            part = part + first.bias[expert].to(compute_dtype)
-        hidden[rows] = apply_activation(part, activation)
+    hidden = reference_gemm1(x, first, slots, activation, scheme, apply_router_weight_on_input)
     if scheme.row.activation is not None:
         hidden = hidden.to(hidden_states.dtype).to(compute_dtype)  # what the quantiser reads
     hidden = round_activations(hidden, scheme, w2.dtype, second.input_scale)
-    out = torch.zeros(hidden_states.shape, dtype=compute_dtype, device=hidden_states.device)
-    for expert, rows in _by_expert(experts):
-        part = hidden[rows] @ dequantise(second, scheme, expert, intermediate_size).to(compute_dtype).T
-        if second.bias is not None:
-            part = part + second.bias[expert].to(compute_dtype)
-        out.index_add_(0, tokens[rows], part if apply_router_weight_on_input else part * weight[rows])
+    return reference_gemm2(hidden, second, slots, scheme, hidden_states.shape, not apply_router_weight_on_input)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSlots:
+    """The slots that count, in (token, position) order.
+
+    tokens, positions  int64 [n]
+    experts            local ones, int64 [n]
+    weight             routed weight [n, 1]
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    experts: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int
+    ) -> "LiveSlots":
+        """Slots whose id is valid and whose expert is one of `num_experts` local ones; shapes as in `fused_experts`."""
+        ids = local_ids(topk_ids, expert_map, num_experts)
+        tokens, positions = (ids >= 0).nonzero(as_tuple=True)
+        return cls(tokens, positions, ids[tokens, positions], topk_weights[tokens, positions, None])
+
+
+def reference_gemm1(
+    x: torch.Tensor, w13: Weight, slots: LiveSlots, activation: Activation, scheme: Scheme, weighted: bool
+) -> torch.Tensor:
+    """x [T, H] -> hidden [n, I] of the live slots, in x's dtype; weighted: by the routed weight, before the bias."""
+    hidden = x.new_empty((slots.tokens.numel(), w13.values.shape[1] // (2 if activation.gated else 1)))
+    for expert, rows in _by_expert(slots.experts):
+        part = x[slots.tokens[rows]] @ dequantise(w13, scheme, expert, x.shape[1]).to(x.dtype).T
+        if weighted:
+            part = part * slots.weight[rows]
+        if w13.bias is not None:
+            part = part + w13.bias[expert].to(x.dtype)
+        hidden[rows] = apply_activation(part, activation)
+    return hidden
+
+
+def reference_gemm2(
+    hidden: torch.Tensor, w2: Weight, slots: LiveSlots, scheme: Scheme, shape: Sequence[int], weighted: bool
+) -> torch.Tensor:
+    """hidden [n, I] of the live slots -> out [T, H] = `shape`, in hidden's dtype; weighted: by the routed weight."""
+    out = torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)
+    for expert, rows in _by_expert(slots.experts):
+        part = hidden[rows] @ dequantise(w2, scheme, expert, hidden.shape[1]).to(hidden.dtype).T
+        if w2.bias is not None:
+            part = part + w2.bias[expert].to(hidden.dtype)
+        out.index_add_(0, slots.tokens[rows], part * slots.weight[rows] if weighted else part)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The family "stream": layers of a few tokens in one launch (stream_kernel.py); its work split, scratch and launch."""
+"""The family "stream": a layer of one token in one launch (stream_kernel.py); its work split, scratch and launch."""
 
 import functools
 import threading
@@ -10,15 +10,15 @@ import torch
 from .device import device_facts
 from .kernel_parts import pdl_option
 from .tile import STREAM_ROW_STAGES, TileConfig
+from .tma import descriptor_base
 
 if TYPE_CHECKING:
     from .layer import Call, Layer
 
-_ALIGNMENT = 16  # bytes, of a descriptor's address and strides
 _WORDS, _WORD_STRIDE = 1 << 16, 8  # barrier words of a GPU, and int32 values from one to the next (a sector of L2)
-# Registers a thread of a block of 12 warps: two blocks fit a multiprocessor, so that the next layer's waits there while
-# this one ends, or one where that many do not suffice.
-_TWO_BLOCKS, _ONE_BLOCK = 80, 168
+# Two blocks fit a multiprocessor, so that the next layer's waits there while this one ends: registers a thread, of the
+# warps that multiply and of four, the two that load rounded up to a warpgroup.
+_REGISTERS = {4: 128, 8: 80}
 _UNKNOWN_GPU = 2  # programs of a launch without a GPU, which is only compiled
 
 
@@ -26,19 +26,19 @@ _UNKNOWN_GPU = 2  # programs of a launch without a GPU, which is only compiled
 class StreamSizes:
     """What a compiled stream kernel is for; one constexpr instead of many.
 
-    tokens          accumulators of a block: the token count, rounded up to a power of two
+    num_experts     those that ids count in; local_experts have weights here
     columns, depth  a tile: so many rows of each half of the weight (gate and up, or the halves of w2) by so many steps
     stages          weight tiles in the ring, row_stages chunks of activations
     """
 
     num_experts: int
+    local_experts: int
     top_k: int
     hidden_size: int
     intermediate_size: int
     gated: bool
     interleaved: bool
     weight_on_input: bool
-    tokens: int
     columns: int
     depth: int
     stages: int
@@ -61,42 +61,22 @@ class StreamSizes:
         """An index that is outside every row, for loads that are to read nothing."""
         return (max(self.hidden_size, self.intermediate_size) // self.depth + 1) * self.depth
 
-    @property
-    def loader_registers(self) -> int:
-        """Registers a thread of the two warps that load: they hold a slot a token."""
-        return 40 if self.tokens > 4 else 24
 
-
-def stream_sizes(layer: "Layer", tile: TileConfig, tokens: int, weight_on_input: bool) -> StreamSizes:
-    """The kernel that a call of `tokens` tokens runs."""
+def stream_sizes(layer: "Layer", tile: TileConfig, weight_on_input: bool) -> StreamSizes:
+    """What the kernel of a layer is compiled for."""
     return StreamSizes(
-        num_experts=layer.local_experts,
+        num_experts=layer.num_experts,
+        local_experts=layer.local_experts,
         top_k=layer.top_k,
         hidden_size=layer.hidden_size,
         intermediate_size=layer.intermediate_size,
         gated=layer.activation.gated,
         interleaved=layer.activation.interleaved,
         weight_on_input=weight_on_input,
-        tokens=padded_tokens(tokens),
         columns=tile.BLOCK_SIZE_N // 2,
         depth=tile.BLOCK_SIZE_K,
         stages=tile.num_stages,
         pdl=tile.PDL,
-    )
-
-
-def padded_tokens(tokens: int) -> int:
-    """The next power of two: what the kernel has accumulators for, and the block size of its aligned assignment."""
-    return 1 << (tokens - 1).bit_length()
-
-
-def stream_readable(call: "Call") -> bool:
-    """Whether addresses and strides of weights and tokens are as TMA descriptors need them."""
-    tensors = (call.w13.values, call.w2.values, call.hidden_states)
-    return all(
-        tensor.data_ptr() % _ALIGNMENT == 0
-        and all(stride * tensor.element_size() % _ALIGNMENT == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
     )
 
 
@@ -148,23 +128,16 @@ def _stream_layer() -> Any:  # noqa: ANN401 - a Gluon function has no Python typ
     return stream_layer
 
 
-def run_stream(
-    layer: "Layer", call: "Call", tile: TileConfig, assignment: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
-) -> None:
-    """`layer.run` for tile configs of this family.
-
-    assignment  the aligned one with blocks of `padded_tokens` slots; None for one token, whose slots are the blocks
-    """
+def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
+    """`layer.run` for tile configs of this family: one token, with or without an expert_map."""
     x, w13, w2 = call.hidden_states, call.w13, call.w2
-    tokens = x.shape[0]
-    sizes = stream_sizes(layer, tile, tokens, call.apply_router_weight_on_input)
-    hidden = x.new_empty((call.topk_ids.numel(), layer.intermediate_size))
-    sorted_ids, expert_ids, num_sorted = assignment or (None, call.topk_ids.view(-1), None)
+    sizes = stream_sizes(layer, tile, call.apply_router_weight_on_input)
+    hidden = x.new_empty((layer.top_k, layer.intermediate_size))
     grid = device_facts(x.device.index).num_sms if x.is_cuda else _UNKNOWN_GPU
     kernel = _stream_layer()
     kernel[(grid,)](
-        _weight_descriptor(w13.values, sizes, sizes.interleaved),
-        _weight_descriptor(w2.values, sizes, False),
+        _weight_descriptor(w13.values, x, sizes, sizes.interleaved),
+        _weight_descriptor(w2.values, x, sizes, False),
         _row_descriptor(x, sizes),
         _row_descriptor(hidden, sizes),
         hidden,
@@ -172,31 +145,30 @@ def run_stream(
         w13.bias,
         w2.bias,
         call.topk_weights,
-        expert_ids,
-        sorted_ids,
-        num_sorted,
+        call.topk_ids,
+        call.expert_map,
         barrier_words(x.device).word(),
-        tokens,
-        call.out.stride(0),
         ACTIVATION=layer.kernels.activation,
         S=sizes,
         num_warps=tile.num_warps,
-        maxnreg=_ONE_BLOCK if sizes.tokens > 4 else _TWO_BLOCKS,
+        maxnreg=_REGISTERS[tile.num_warps],
         launch_cooperative_grid=True,  # all blocks run at once or none: the barrier over the grid needs them all
         **pdl_option(tile.PDL),
     )
 
 
-def _weight_descriptor(w: torch.Tensor, sizes: StreamSizes, interleaved: bool) -> Any:  # noqa: ANN401
+def _weight_descriptor(w: torch.Tensor, x: torch.Tensor, sizes: StreamSizes, interleaved: bool) -> Any:  # noqa: ANN401
     """[E, 2, rows / 2, K] of a weight [E, rows, K]: gate and up rows, or the first and the second half."""
     experts, rows, depth = w.shape
     per_expert, per_row = w.stride(0), w.stride(1)
     strides = [per_expert, per_row, 2 * per_row, 1] if interleaved else [per_expert, rows // 2 * per_row, per_row, 1]
-    return _descriptor(w, [experts, 2, rows // 2, depth], strides, [1, 2, sizes.columns, sizes.depth])
+    shape, block = [experts, 2, rows // 2, depth], [1, 2, sizes.columns, sizes.depth]
+    return _descriptor(descriptor_base(w, x), shape, strides, block)
 
 
 def _row_descriptor(rows: torch.Tensor, sizes: StreamSizes) -> Any:  # noqa: ANN401
-    return _descriptor(rows, list(rows.shape), list(rows.stride()), [1, sizes.depth])
+    count, length = rows.shape
+    return _descriptor(rows, [count, length], [length, 1], [1, sizes.depth])
 
 
 def _descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:  # noqa: ANN401

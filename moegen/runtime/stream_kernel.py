@@ -1,14 +1,14 @@
-"""The kernel of the family "stream": a whole layer of a few tokens in one launch, bound by reading the weights.
+"""The kernel of the family "stream": a whole layer of one token in one launch, bound by reading the weights.
 
 One block a multiprocessor. In it one warp loads weight tiles by TMA into a ring of shared-memory stages, one warp loads
 the activations that go with them, and the other warps multiply. The weights of gemm2 do not depend on gemm1, so their
 tiles follow those of gemm1 in the same ring without a pause, while a barrier over the grid waits until `hidden` is
-complete. Few tokens choose an expert, so the products run on the ordinary cores in float32: a tile is as low as balance
-between blocks wants it, which tensor cores do not allow, and each weight is read once for all tokens that need it.
+complete. A weight meets one token, so the products run on the ordinary cores in float32: a tile is as low as balance
+between blocks wants it, which tensor cores do not allow.
 
-A *strip* is the rows of a weight that one tile covers. gemm1's units are (expert block, strip); those of gemm2 are the
-strips alone: a block sums its strip of the output over all experts and slots, in their order, so that nothing is left
-to reduce and two runs give the same bits. Gluon, hence imported only where the family runs (moegen/runtime/stream.py).
+A *strip* is the rows of a weight that one tile covers. gemm1's units are (slot, strip); those of gemm2 are the strips
+alone: a block sums its strip of the output over all slots, in their order, so that nothing is left to reduce and two
+runs give the same bits. Gluon, hence imported only where the family runs (moegen/runtime/stream.py).
 """
 
 from triton.experimental import gluon
@@ -20,17 +20,16 @@ from .stream_parts import (
     block_barrier,
     expert_of,
     fetch_descriptors,
-    for_each_token,
     load_acquire,
     load_tile,
     next_stage,
-    num_blocks,
-    scales_of,
+    scale_of,
     share,
-    slots_of,
     to_float32,
     wait_for_previous,
 )
+
+_LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)  # a thread of the two warps that load
 
 
 @gluon.jit
@@ -40,11 +39,10 @@ def _stream_weights(w13, w2, routing, ring, fetched, S: gl.constexpr):
     buffers, empty, ready = ring
     fetch_descriptors(w13, w2, [0, 0, 0, OUTSIDE], fetched, buffers.index(0))
     wait_for_previous(S.pdl)
-    blocks = num_blocks(routing, S)
     mbarrier.wait(fetched, 0)
     stage = 0
     phase = 1
-    first, last = share(blocks * S.strips1, gl.program_id(0))
+    first, last = share(S.top_k * S.strips1, gl.program_id(0))
     for unit in range(first, last):
         expert = expert_of(routing, unit // S.strips1, S)
         if expert >= 0:
@@ -54,8 +52,8 @@ def _stream_weights(w13, w2, routing, ring, fetched, S: gl.constexpr):
     # From the other end: the blocks with the larger share of gemm1 get the smaller one of gemm2.
     first, last = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))
     for unit in range(first, last):
-        for block in range(blocks):
-            expert = expert_of(routing, block, S)
+        for slot in range(S.top_k):
+            expert = expert_of(routing, slot, S)
             if expert >= 0:
                 row = unit * S.columns
                 for k in range(0, S.intermediate_size, S.depth):
@@ -63,37 +61,20 @@ def _stream_weights(w13, w2, routing, ring, fetched, S: gl.constexpr):
 
 
 @gluon.jit
-def _load_rows(desc, rows, LENGTH: gl.constexpr, stage, phase, ring, S: gl.constexpr):
-    """Chunk by chunk of `depth` values, the rows that are not -1."""
-    TOKENS: gl.constexpr = S.tokens
-    buffers, empty, ready = ring
-    for k in range(0, LENGTH, S.depth):
-        for token in gl.static_range(TOKENS):
-            if rows[token] >= 0:
-                stage, phase = load_tile(desc, [rows[token], k], stage, phase, buffers, empty, ready, S.row_stages)
-    return stage, phase
-
-
-@gluon.jit
 def _stream_rows(x, hidden, routing, grid_barrier, ring, fetched, written, S: gl.constexpr):
     """The activations for each weight tile; in between the barrier over the grid, which only this warp waits at."""
-    TOKENS: gl.constexpr = S.tokens
     OUTSIDE: gl.constexpr = S.outside
-    fetch_descriptors(x, hidden, [0, OUTSIDE], fetched, ring[0].index(0))
+    buffers, empty, ready = ring
+    fetch_descriptors(x, hidden, [0, OUTSIDE], fetched, buffers.index(0))
     wait_for_previous(S.pdl)
-    blocks = num_blocks(routing, S)
     mbarrier.wait(fetched, 0)
     stage = 0
     phase = 1
-    first, last = share(blocks * S.strips1, gl.program_id(0))
+    first, last = share(S.top_k * S.strips1, gl.program_id(0))
     for unit in range(first, last):
-        block = unit // S.strips1
-        if expert_of(routing, block, S) >= 0:
-            slots = slots_of(routing, block, S)
-            tokens = ()
-            for token in gl.static_range(TOKENS):
-                tokens = tokens + (gl.where(slots[token] >= 0, token, -1),)
-            stage, phase = _load_rows(x, tokens, S.hidden_size, stage, phase, ring, S)
+        if expert_of(routing, unit // S.strips1, S) >= 0:
+            for k in range(0, S.hidden_size, S.depth):
+                stage, phase = load_tile(x, [0, k], stage, phase, buffers, empty, ready, S.row_stages)
 
     # The arrivals of a grid add up to 2 ** 31: the top bit flips when the last block arrives, and the word is ready for
     # the next launch whatever its grid.
@@ -106,50 +87,37 @@ def _stream_rows(x, hidden, routing, grid_barrier, ring, fetched, written, S: gl
 
     first, last = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))
     for _ in range(first, last):
-        for block in range(blocks):
-            if expert_of(routing, block, S) >= 0:
-                slots = slots_of(routing, block, S)
-                stage, phase = _load_rows(hidden, slots, S.intermediate_size, stage, phase, ring, S)
+        for slot in range(S.top_k):
+            if expert_of(routing, slot, S) >= 0:
+                for k in range(0, S.intermediate_size, S.depth):
+                    stage, phase = load_tile(hidden, [slot, k], stage, phase, buffers, empty, ready, S.row_stages)
 
 
 @gluon.jit
-def _add_scaled(accs, value, slots, scales, S: gl.constexpr):
-    """accs[t] + value [1, 2, columns] · scales[t], in the first of the chunks that are yet to be summed."""
-    TOKENS: gl.constexpr = S.tokens
+def _add_once(acc, value, S: gl.constexpr):
+    """acc + value [1, 2, columns], in the first of the chunks that are yet to be summed."""
     CHUNKS: gl.constexpr = S.depth // 8
-    ACC: gl.constexpr = accs[0].type.layout
-    chunk = gl.arange(0, CHUNKS, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, ACC))))
+    chunk = gl.arange(0, CHUNKS, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, acc.type.layout))))
     first = gl.expand_dims(gl.expand_dims(gl.expand_dims(chunk == 0, 0), 1), 2)
-    value = gl.where(first, gl.expand_dims(value, 3), 0.0)
-    sums = ()
-    for token in gl.static_range(TOKENS):
-        sums = sums + (gl.where(slots[token] >= 0, accs[token] + value * scales[token], accs[token]),)
-    return sums
+    return acc + gl.where(first, gl.expand_dims(value, 3), 0.0)
 
 
 @gluon.jit
-def _dot(accs, slots, scales, LENGTH: gl.constexpr, place, w_ring, a_ring, S: gl.constexpr, TILE: gl.constexpr):
-    """accs[t] + Σ_k tile · row · scales[t] over the tiles of one unit and expert, for the tokens that have a slot."""
-    TOKENS: gl.constexpr = S.tokens
+def _dot(acc, scale, LENGTH: gl.constexpr, place, w_ring, a_ring, S: gl.constexpr, TILE: gl.constexpr):
+    """acc + Σ_k tile · row · scale over the tiles of one unit and slot."""
     w_stage, w_phase, a_stage, a_phase = place
     for _ in range(0, LENGTH, S.depth):
         mbarrier.wait(w_ring[2].index(w_stage), w_phase)
         w = to_float32(w_ring[0].index(w_stage).load(TILE))
         mbarrier.arrive(w_ring[1].index(w_stage), count=1)
         w_stage, w_phase = next_stage(w_stage, w_phase, S.stages)
-        sums = ()
-        for token in gl.static_range(TOKENS):
-            acc = accs[token]
-            if slots[token] >= 0:
-                mbarrier.wait(a_ring[2].index(a_stage), a_phase)
-                a = a_ring[0].index(a_stage).load(gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
-                mbarrier.arrive(a_ring[1].index(a_stage), count=1)
-                a_stage, a_phase = next_stage(a_stage, a_phase, S.row_stages)
-                a = gl.expand_dims(gl.expand_dims(to_float32(a) * scales[token], 1), 2)
-                acc += gl.sum(gl.reshape(w * a, (1, 2, S.columns, S.depth // 8, 8)), axis=4)
-            sums = sums + (acc,)
-        accs = sums
-    return accs, (w_stage, w_phase, a_stage, a_phase)
+        mbarrier.wait(a_ring[2].index(a_stage), a_phase)
+        a = a_ring[0].index(a_stage).load(gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
+        mbarrier.arrive(a_ring[1].index(a_stage), count=1)
+        a_stage, a_phase = next_stage(a_stage, a_phase, S.row_stages)
+        a = gl.expand_dims(gl.expand_dims(to_float32(a) * scale, 1), 2)
+        acc += gl.sum(gl.reshape(w * a, (1, 2, S.columns, S.depth // 8, 8)), axis=4)
+    return acc, (w_stage, w_phase, a_stage, a_phase)
 
 
 @gluon.jit
@@ -171,7 +139,7 @@ def _store_hidden(acc, bias, hidden, slot, expert, strip, ACTIVATION: gl.constex
     if bias is not None:
         w13_row = 2 * row + half if S.interleaved else half * half_rows + row
         total += gl.load(bias + expert * (2 * half_rows) + w13_row, mask=inside, other=0.0).to(gl.float32)
-    start = hidden + slot.to(gl.int64) * S.intermediate_size
+    start = hidden + slot * S.intermediate_size
     if S.gated:
         gate, up = gl.split(gl.permute(total, (0, 2, 1)))
         value = ACTIVATION(gate, up)
@@ -184,12 +152,10 @@ def _store_hidden(acc, bias, hidden, slot, expert, strip, ACTIVATION: gl.constex
 
 @gluon.jit
 def _multiply(
-    w13_bias, w2_bias, results, topk_weights, routing, w_ring, a_ring, written,
+    w13_bias, w2_bias, hidden, out, routing, w_ring, a_ring, written,
     ACTIVATION: gl.constexpr, S: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """gemm1 with activation for this block's units, then gemm2 with the sum over slots for its strips."""
-    TOKENS: gl.constexpr = S.tokens
-    hidden, out, out_stride = results
     wait_for_previous(S.pdl)
     if S.pdl:
         asm("griddepcontrol.launch_dependents")
@@ -202,20 +168,15 @@ def _multiply(
     FINE: gl.constexpr = gl.BlockedLayout([1, 2, EACH, 1, 8], [1, 1, 1, 32, 1], [1, 1, WARPS, 1, 1], [4, 3, 2, 1, 0])
     ACC: gl.constexpr = gl.SliceLayout(4, FINE)
     nothing = gl.zeros((1, 2, COLUMNS, CHUNKS), gl.float32, layout=ACC)
-    blocks = num_blocks(routing, S)
     place = (0, 0, 0, 0)
-    first, last = share(blocks * S.strips1, gl.program_id(0))
+    first, last = share(S.top_k * S.strips1, gl.program_id(0))
     for unit in range(first, last):
-        block = unit // S.strips1
-        expert = expert_of(routing, block, S)
+        slot = unit // S.strips1
+        expert = expert_of(routing, slot, S)
         if expert >= 0:
-            slots = slots_of(routing, block, S)
-            scales = scales_of(topk_weights, routing, block, S.weight_on_input, S)
-            accs = for_each_token(nothing, S)
-            accs, place = _dot(accs, slots, scales, S.hidden_size, place, w_ring, a_ring, S, TILE)
-            for token in gl.static_range(TOKENS):
-                if slots[token] >= 0:
-                    _store_hidden(accs[token], w13_bias, hidden, slots[token], expert, unit % S.strips1, ACTIVATION, S)
+            scale = scale_of(routing, slot, S.weight_on_input)
+            acc, place = _dot(nothing, scale, S.hidden_size, place, w_ring, a_ring, S, TILE)
+            _store_hidden(acc, w13_bias, hidden, slot, expert, unit % S.strips1, ACTIVATION, S)
     asm("fence.proxy.async")
     block_barrier()
     mbarrier.arrive(written, count=1)
@@ -223,29 +184,25 @@ def _multiply(
     half_rows: gl.constexpr = S.hidden_size // 2
     first, last = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))
     for strip in range(first, last):
-        accs = for_each_token(nothing, S)
+        acc = nothing
         row, half = _rows_of(strip, gl.sum(nothing, axis=3), S)
         inside = (row < half_rows) & (half < 2)
-        for block in range(blocks):
-            expert = expert_of(routing, block, S)
+        for slot in range(S.top_k):
+            expert = expert_of(routing, slot, S)
             if expert >= 0:
-                slots = slots_of(routing, block, S)
-                scales = scales_of(topk_weights, routing, block, not S.weight_on_input, S)
+                scale = scale_of(routing, slot, not S.weight_on_input)
                 if w2_bias is not None:  # loaded ahead of the tiles, used behind them
                     bias = gl.load(w2_bias + expert * S.hidden_size + half * half_rows + row, mask=inside, other=0.0)
-                accs, place = _dot(accs, slots, scales, S.intermediate_size, place, w_ring, a_ring, S, TILE)
+                acc, place = _dot(acc, scale, S.intermediate_size, place, w_ring, a_ring, S, TILE)
                 if w2_bias is not None:
-                    accs = _add_scaled(accs, bias.to(gl.float32), slots, scales, S)
-        for token in gl.static_range(TOKENS):
-            if token < routing[3]:
-                total = gl.sum(accs[token], axis=3).to(out.dtype.element_ty)
-                gl.store(out + token * out_stride + half * half_rows + row, total, mask=inside)
+                    acc = _add_once(acc, bias.to(gl.float32) * scale, S)
+        gl.store(out + half * half_rows + row, gl.sum(acc, axis=3).to(out.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
 def _new_ring(desc, STAGES: gl.constexpr):
     """Buffers for blocks of `desc`, and for each the barriers that say it is empty and that it is loaded."""
-    buffers = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+    buffers = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)  # noqa: RUF005 - Triton has no stars
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -254,23 +211,20 @@ def _new_ring(desc, STAGES: gl.constexpr):
     return buffers, empty, ready
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize_on_alignment=["topk_weights", "topk_ids", "expert_map"])
 def stream_layer(
     w13,  # descriptor [E, 2, rows / 2, H]: gate and up rows, or two halves; block [1, 2, columns, depth]
     w2,  # descriptor [E, 2, H / 2, I], the same block
-    x,  # descriptor [T, H], block [1, depth]
+    x,  # descriptor [1, H], block [1, depth]
     hidden_rows,  # descriptor of `hidden`, block [1, depth]
-    hidden,  # [T * k, I], scratch
-    out,  # [T, H], rows out_stride apart
+    hidden,  # [k, I], scratch
+    out,  # [H]
     w13_bias,  # [E, rows] or None
     w2_bias,  # [E, H] or None
-    topk_weights,  # [T * k]
-    expert_ids,  # expert of each block; without a sort topk_ids, whose slots are the blocks
-    sorted_ids,  # slots of each block, padded with T * k; None: block b is slot b, and T is 1
-    num_sorted,  # [1], entries of sorted_ids in use
+    topk_weights,  # [k]
+    topk_ids,  # [k]
+    expert_map,  # global -> local expert, or None
     grid_barrier,  # [1] int32, zero when it is new; nothing else that runs at the same time may use it
-    num_tokens,
-    out_stride,
     ACTIVATION: gl.constexpr,
     S: gl.constexpr,  # StreamSizes
     num_warps: gl.constexpr,
@@ -281,15 +235,14 @@ def stream_layer(
     once = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(3):
         mbarrier.init(once.index(i), count=1)
-    routing = (expert_ids, sorted_ids, num_sorted, num_tokens)
-    results = (hidden, out, out_stride)
+    routing = (topk_weights, topk_ids, expert_map)
     gl.warp_specialize(
         [
-            (_multiply, (w13_bias, w2_bias, results, topk_weights, routing, w_ring, a_ring, once.index(2),
+            (_multiply, (w13_bias, w2_bias, hidden, out, routing, w_ring, a_ring, once.index(2),
                          ACTIVATION, S, num_warps)),
             (_stream_weights, (w13, w2, routing, w_ring, once.index(0), S)),
             (_stream_rows, (x, hidden_rows, routing, grid_barrier, a_ring, once.index(1), once.index(2), S)),
         ],
         [1, 1],
-        [S.loader_registers, S.loader_registers],
+        [_LOADER_REGISTERS, _LOADER_REGISTERS],
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Pieces of the stream kernel: instructions that Gluon has no function for, shares of the work, routing, loads.
 
-`routing` is (expert_ids, sorted_ids, num_sorted, num_tokens) as in `stream_layer`, S the StreamSizes of the kernel.
+`routing` is (topk_weights, topk_ids, expert_map) as in `stream_layer`, S the StreamSizes of the kernel.
 """
 
 from triton.experimental import gluon
@@ -56,80 +56,22 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def num_blocks(routing, S: gl.constexpr):
-    """Expert blocks of the assignment: slots without a sort, else the runs of the aligned assignment."""
-    if routing[2] is None:
-        return routing[3] * S.top_k
+def expert_of(routing, slot, S: gl.constexpr):
+    """The local expert of a slot as int32, -1 when nothing is to be computed for it."""
+    expert = gl.load(routing[1] + slot)
+    if routing[2] is not None:
+        known = (expert >= 0) & (expert < S.num_experts)
+        expert = gl.load(routing[2] + expert, mask=known, other=-1)
+    return gl.where((expert >= 0) & (expert < S.local_experts), expert, -1).to(gl.int32)
+
+
+@gluon.jit
+def scale_of(routing, slot, WEIGHTED: gl.constexpr):
+    """What the products of a slot are multiplied by."""
+    if WEIGHTED:
+        return gl.load(routing[0] + slot)
     else:
-        return gl.load(routing[2]) // S.tokens
-
-
-@gluon.jit
-def expert_of(routing, block, S: gl.constexpr):
-    """The expert of a block as int32, -1 when nothing is to be computed for it."""
-    expert = gl.load(routing[0] + block)
-    return gl.where((expert >= 0) & (expert < S.num_experts), expert, -1).to(gl.int32)
-
-
-@gluon.jit
-def for_each_token(value, S: gl.constexpr):
-    """A tuple of one and the same value."""
-    TOKENS: gl.constexpr = S.tokens
-    values = ()
-    for _ in gl.static_range(TOKENS):
-        values = values + (value,)
-    return values
-
-
-@gluon.jit
-def lanes_of(routing, block, S: gl.constexpr):
-    """The slots of an expert's block of the aligned assignment; padding is T * k."""
-    LANES: gl.constexpr = S.tokens
-    slots = ()
-    for lane in gl.static_range(LANES):
-        slots = slots + (gl.load(routing[1] + block * S.tokens + lane),)
-    return slots
-
-
-@gluon.jit
-def slots_of(routing, block, S: gl.constexpr):
-    """For each token a slot that an expert's block holds of it, or -1. Several would have the same `hidden`."""
-    TOKENS: gl.constexpr = S.tokens
-    slots = ()
-    if routing[1] is None:
-        slots = slots + (block,)
-    else:
-        lanes = lanes_of(routing, block, S)
-        for token in gl.static_range(TOKENS):
-            found = -1
-            for lane in gl.static_range(TOKENS):
-                is_its = (lanes[lane] < routing[3] * S.top_k) & (lanes[lane] // S.top_k == token)
-                found = gl.where(is_its, lanes[lane], found)
-            slots = slots + (found,)
-    return slots
-
-
-@gluon.jit
-def scales_of(topk_weights, routing, block, WEIGHTED: gl.constexpr, S: gl.constexpr):
-    """For each token the routed weight of its slot in an expert's block; their sum if it names an expert twice."""
-    TOKENS: gl.constexpr = S.tokens
-    scales = ()
-    if not WEIGHTED:
-        scales = for_each_token(1.0, S)
-    elif routing[1] is None:
-        scales = scales + (gl.load(topk_weights + block),)
-    else:
-        lanes = lanes_of(routing, block, S)
-        weights = ()
-        for lane in gl.static_range(TOKENS):
-            live = lanes[lane] < routing[3] * S.top_k
-            weights = weights + (gl.load(topk_weights + lanes[lane], mask=live, other=0.0),)
-        for token in gl.static_range(TOKENS):
-            scale = 0.0
-            for lane in gl.static_range(TOKENS):
-                scale += gl.where(lanes[lane] // S.top_k == token, weights[lane], 0.0)
-            scales = scales + (scale,)
-    return scales
+        return 1.0
 
 
 @gluon.jit

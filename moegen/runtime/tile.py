@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from .device import DeviceFacts
 
-# "stream" is for a few tokens on compute capability 9.0: one kernel for the whole layer (runtime/stream.py).
-FAMILIES = ("portable", "stream")
-STREAM_TOKENS = 8  # the most tokens of a call that it serves
+# "portable" and "tma" are families of templates; "tma" is for 8-bit weights and activations on compute capability 9.0.
+# "stream" is for one token and 16-bit weights there: one kernel for the whole layer (runtime/stream_kernel.py).
+FAMILIES = ("portable", "tma", "stream")
 STREAM_ROW_STAGES = 8  # chunks of activations that it loads ahead
 _STREAM_THREAD_VALUES = 8  # of a weight row, 16 bytes
 
@@ -22,6 +22,9 @@ class TileConfig:
     SWAP_AB        compute weight · tokensᵀ, so that the weight rows fill the M side of the tensor-core instruction
     PDL            programmatic dependent launch: start before the previous kernel has ended (gemm1's holds for the
                    assignment and the quantisation, gemm2's for the reduce)
+
+    Family "stream" has one config for both GEMMs: its tiles are BLOCK_SIZE_N weight rows by BLOCK_SIZE_K steps, and
+    num_stages of them make its ring.
     """
 
     BLOCK_SIZE_M: int
@@ -33,8 +36,6 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 3
     family: str = "portable"
-
-    # For "stream", BLOCK_SIZE_M is the most tokens of a call, and gemm1 and gemm2 have one config.
 
     @classmethod
     def from_dict(cls, data: object, where: str = "tile config") -> "TileConfig":
@@ -79,6 +80,8 @@ class Gemm:
     gated         gemm1 with a gated activation: the tile's rows are gate and up rows by turns
     a_bits, w_bits  bits of a stored activation and weight value
     group_k       reduction steps that share a scale, 0 = all
+    group_n       weight rows that share one, for block scales
+    interleaved   gate and up rows are stored by turns
     zero_points   whether weights have zero points
     """
 
@@ -92,11 +95,18 @@ class Gemm:
     w_bits: int
     group_k: int
     zero_points: bool = False
+    group_n: int = 0
+    interleaved: bool = False
 
     @property
     def is_float32(self) -> bool:
         """Whether the products are exact float32, without tensor cores."""
         return self.a_bits == 32
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether weights are decoded in registers, for a product of 16-bit values."""
+        return self.w_bits < self.a_bits == 16
 
     @property
     def is_w8a8(self) -> bool:
@@ -115,8 +125,10 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     if tile.family not in FAMILIES:
         return f"family={tile.family} is unknown; known: {', '.join(FAMILIES)}"
     if tile.family == "stream":
-        return _why_illegal_stream(tile, gemm, device)
-    smallest = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
+        return why_illegal_stream(tile, gemm, device)
+    if tile.BLOCK_SIZE_M == 8 and not (tile.SWAP_AB and device.backend == "cuda"):
+        return "BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU: tokens on the tensor core's side that may be 8 wide"
+    smallest = {"BLOCK_SIZE_M": 8, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
     for key, least in smallest.items():
         if not least <= getattr(tile, key) <= 512:
             return f"{key}={getattr(tile, key)} is outside {least}..512"
@@ -130,6 +142,9 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
         return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} is below the 32 steps of an 8-bit tensor-core product"
     if gemm.is_w8a8 and gemm.group_k % tile.BLOCK_SIZE_K:
         return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} does not divide the quant group of {gemm.group_k}"
+    reason = why_illegal_tma(tile, gemm, device) if tile.family == "tma" else None
+    if reason is not None:
+        return reason
     accumulators = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
     if accumulators > 256:
         return f"{accumulators} accumulators per thread do not fit into 255 registers"
@@ -139,15 +154,16 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     return None
 
 
-def _why_illegal_stream(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
+def why_illegal_stream(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
+    """What `why_illegal` says of the family "stream"."""
     if not device.has_wgmma:
         return f"family=stream needs compute capability 9.0, not {device.backend} {device.arch}"
     if (gemm.a_bits, gemm.w_bits) != (16, 16):
         return f"family=stream is for 16-bit weights and activations, not {gemm.w_bits} and {gemm.a_bits} bits"
     if gemm.depth % _STREAM_THREAD_VALUES:
         return f"rows of {gemm.depth} values are not the multiple of 16 bytes that TMA needs"
-    if tile.BLOCK_SIZE_M > STREAM_TOKENS:
-        return f"BLOCK_SIZE_M={tile.BLOCK_SIZE_M} is above the {STREAM_TOKENS} tokens of family=stream"
+    if tile.BLOCK_SIZE_M != 1:
+        return f"BLOCK_SIZE_M={tile.BLOCK_SIZE_M} is not the 1 token of family=stream"
     if tile.SWAP_AB or tile.GROUP_SIZE_M != 1:
         return "SWAP_AB and GROUP_SIZE_M are not for family=stream"
     if tile.num_warps not in (4, 8):
@@ -164,26 +180,69 @@ def _why_illegal_stream(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> st
     return None
 
 
+def why_illegal_tma(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
+    """What `why_illegal` adds for the family "tma"."""
+    if not device.has_wgmma:
+        return f"family=tma needs compute capability 9.0, not {device.backend} {device.arch}"
+    if not gemm.is_w8a8:
+        return f"family=tma is for 8-bit weights and activations, not {gemm.w_bits} and {gemm.a_bits} bits"
+    if tile.SWAP_AB:
+        return "SWAP_AB is not for family=tma"
+    if gemm.depth % 16:
+        return f"rows of {gemm.depth} bytes are not the multiple of 16 that TMA needs"
+    if max(tile.BLOCK_SIZE_M, tile.BLOCK_SIZE_N, tile.BLOCK_SIZE_K) > 256:
+        return "family=tma has blocks of at most 256"
+    if not gemm.group_k:
+        return None
+    if gemm.group_n % (tile.BLOCK_SIZE_N // 2) or (
+        gemm.group_n > tile.BLOCK_SIZE_N and gemm.group_n % tile.BLOCK_SIZE_N
+    ):
+        return f"BLOCK_SIZE_N={tile.BLOCK_SIZE_N} does not fit weight scales of {gemm.group_n} rows"
+    if gemm.gated and not gemm.interleaved and gemm.rows // 2 % gemm.group_n:
+        return f"gate and up rows share weight scales of {gemm.group_n} rows"
+    return None
+
+
+def flattens(gemm: Gemm) -> bool:
+    """Whether a program of the family "tma" loads its next tile while it stores one.
+
+    Not where tokens are gathered or products scaled at every step, since there it was slower
+    (docs/results/h200-tma-prototype.csv).
+    """
+    return gemm.op == "gemm2" and not gemm.group_k
+
+
 def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
     """Bytes of shared memory that the pipelined operand tiles take: an upper bound (mma.sync drops one stage)."""
     if tile.family == "stream":  # with the chunks of activations, and 2 kB for barriers and reductions
         return (tile.num_stages * tile.BLOCK_SIZE_N + STREAM_ROW_STAGES) * tile.BLOCK_SIZE_K * 2 + 2048
     bits = tile.BLOCK_SIZE_M * gemm.a_bits + tile.BLOCK_SIZE_N * gemm.w_bits
     operands = bits * tile.BLOCK_SIZE_K * tile.num_stages // 8
+    if tile.family == "tma":
+        stored = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N  # half of the columns at a time, of 16 bits
+        return operands + stored if flattens(gemm) else max(operands, stored)
     if gemm.w_bits < gemm.a_bits:  # weights decoded in registers may pass through one more tile
         operands += tile.BLOCK_SIZE_N * tile.BLOCK_SIZE_K * gemm.a_bits // 8
     epilogue = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N * 4 // (2 if gemm.gated else 1)
     return max(operands, epilogue)
 
 
-def default_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerTiles:
+def default_tiles(
+    gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool, portable: bool = False
+) -> LayerTiles:
     """The heuristic: tile configs for `tokens` tokens when no tuned record covers them.
 
-    From sweeps of Qwen3-30B-A3B and Mixtral-8x7B in bf16 on an H200 (docs/performance.md); on GPUs without wgmma it is
-    the shape of vLLM's defaults.
+    One token takes the family "stream" where it is legal, unless the answer has to be `portable`; all else is of that
+    family. From sweeps of Qwen3-30B-A3B and Mixtral-8x7B in bf16 on an H200 (docs/performance.md); on GPUs without
+    wgmma it is the shape of vLLM's defaults.
     """
+    if tokens == 1 and not portable:
+        stream = _stream_tile(gemm1, gemm2, device)
+        if all(why_illegal(stream, gemm, device) is None for gemm in (gemm1, gemm2)):
+            return LayerTiles(stream, stream)
     slots = tokens * gemm1.top_k
-    block_m = 16 if low_latency else _block_m(slots, gemm1.num_experts)
+    least = 8 if (gemm1.is_decoded or gemm1.is_w8a8) and device.has_wgmma else 16
+    block_m = least if low_latency else _block_m(slots, gemm1.num_experts, least)
     if gemm1.is_w8a8 and gemm1.group_k:
         block_m = min(block_m, 64)  # scaling at every step holds twice the accumulators
     pick = _default_float32_tile if gemm1.is_float32 else _default_tile
@@ -191,11 +250,26 @@ def default_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, lo
     return LayerTiles(*(_fitted(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)))
 
 
-def _block_m(slots: int, num_experts: int) -> int:
-    """Twice the mean slots per active expert, rounded up to a power of two within 16..128."""
+def _stream_tile(gemm1: Gemm, gemm2: Gemm, device: DeviceFacts) -> TileConfig:
+    """Low tiles, for even shares, unless a block has many or rows of w2 do not fill them.
+
+    The fastest of up to nine for each of Qwen3-30B-A3B, Qwen3-Next, DeepSeek-V3 TP8 and gpt-oss-120b on an H200
+    (docs/performance.md).
+    """
+    if gemm2.depth < 512 or gemm1.top_k * gemm1.rows >= 32 * 4 * device.num_sms:
+        return TileConfig(1, 32, 256, PDL=device.has_pdl, num_warps=8, num_stages=6, family="stream")
+    return TileConfig(1, 16, 512, PDL=device.has_pdl, num_warps=4, num_stages=6, family="stream")
+
+
+# Of the low-latency assignment all slots walk together, so that those of one expert read its weights from L2.
+_ALL_SLOTS = 128
+
+
+def _block_m(slots: int, num_experts: int, least: int) -> int:
+    """Twice the mean slots per active expert, rounded up to a power of two within least..128."""
     mean = slots / min(slots, num_experts)
-    for block in (16, 32, 64):
-        if 2 * mean <= block:
+    for block in (8, 16, 32, 64):
+        if least <= block >= 2 * mean:
             return block
     return 128
 
@@ -214,18 +288,44 @@ def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
     if not device.has_wgmma:
         depth = deep if gemm.is_w8a8 else 128 if big else 64
         return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
-    if gemm.w_bits < gemm.a_bits and not gemm.zero_points:
-        # Decoding is arithmetic: many warps, each with weights of its own.
-        if lone_slots:
-            few = lone_slots * gemm.rows <= 32 * 4 * device.num_sms
-            return TileConfig(16, 32 if few else 64, 128, 1, num_warps=4, num_stages=3)
+    if gemm.is_decoded and block_m <= 16:
+        return _decoded_tile(gemm, block_m, lone_slots, device)
+    if gemm.is_decoded and not gemm.zero_points:
         return TileConfig(block_m, 128, 128, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+    if gemm.is_w8a8 and block_m <= 16:
+        return _narrow_tile(gemm, block_m, deep, lone_slots, device)
     if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
         # More programs than two a multiprocessor: small tiles let many of them share one.
-        return TileConfig(16, 64, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+        return TileConfig(16, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=3)
     depth = deep if gemm.is_w8a8 else 128
     stages = 4 if lone_slots or gemm.depth >= 4096 else 3
-    return TileConfig(block_m, 64, depth, 1, SWAP_AB=True, num_warps=4, num_stages=stages)
+    group = _ALL_SLOTS if lone_slots else 1
+    return TileConfig(block_m, 64, depth, group, SWAP_AB=True, num_warps=4, num_stages=stages)
+
+
+def _decoded_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+    """Few tokens, weights decoded in registers: two warps share the rows, and each decodes only what it multiplies.
+
+    Four would get wgmma, for which decoded weights pass through shared memory.
+    """
+    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
+        wide, deep = 32, 256
+    else:
+        shallow = gemm.zero_points or block_m == 16 or (lone_slots and gemm.w_bits == 8)
+        wide, deep = 64, 128 if shallow else 256
+    group = _ALL_SLOTS if lone_slots else 1
+    return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=3)
+
+
+def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+    """Few tokens, 8-bit operands: mma.sync, whose token side is 8 wide (Triton's wgmma has 16), half as many rows where
+    there are few programs.
+    """
+    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
+        return TileConfig(block_m, 32, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=2, num_stages=4)
+    if lone_slots:
+        return TileConfig(block_m, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=4)
+    return TileConfig(block_m, 64 if block_m == 8 else 128, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
 
 
 def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001

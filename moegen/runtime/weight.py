@@ -106,7 +106,9 @@ def round_activations(
 ) -> torch.Tensor:
     """x [rows, K] as the GEMM sees it after quantisation: quantised and dequantised again, in x's dtype.
 
-    Formulas: quantise.py. For a scale of the whole tensor, x must hold only the rows that count.
+    Formulas: quantise.py, in float32 as there whatever x's dtype: quotients of 16-bit values often lie half-way between
+    two 8-bit ones, so another precision would round them elsewhere. For a scale of the whole tensor, x must hold only
+    the rows that count.
     """
     kind = scheme.row.activation
     if kind is None or x.numel() == 0:
@@ -115,15 +117,16 @@ def round_activations(
     target = stored if kind == "fp8" else torch.float8_e4m3fn
     largest = INT8_MAX if kind == "int8" else FP8_MAX[target]
     group = 32 if kind == "mxfp8" else scheme.group_k or depth
-    padded = torch.nn.functional.pad(x, (0, -depth % group)).reshape(rows, -1, group)
+    padded = torch.nn.functional.pad(x.float(), (0, -depth % group)).reshape(rows, -1, group)
     if static_scale is not None:
-        step = static_scale.reshape(1, 1, 1).to(x.dtype)
+        step = static_scale.float().reshape(1, 1, 1)
     else:
-        amax = x.abs().max().reshape(1, 1, 1) if scheme.kind == "tensor" else padded.abs().amax(-1, keepdim=True)
+        amax = padded.abs().max().reshape(1, 1, 1) if scheme.kind == "tensor" else padded.abs().amax(-1, keepdim=True)
         by_token = scheme.kind in ("channel", "tensor_token") and kind == "fp8"
-        step = amax.clamp(min=1 / 512 if by_token else 1e-10) / largest
+        amax = amax.clamp(min=1 / 512 if by_token else 1e-10)
+        step = amax / torch.full_like(amax, largest)  # by a number, torch multiplies with its reciprocal on a GPU
         if scheme.ue8m0 or kind == "mxfp8":
-            step = torch.exp2(ceil_log2(step).to(x.dtype))
+            step = torch.exp2(ceil_log2(step).float())
     scaled = (padded / step).clamp(-largest, largest)
-    rounded = torch.floor(scaled + 0.5) if kind == "int8" else scaled.float().to(target).to(x.dtype)
-    return (rounded * step).reshape(rows, -1)[:, :depth]
+    rounded = torch.floor(scaled + 0.5) if kind == "int8" else scaled.to(target)
+    return (rounded.to(x.dtype) * step.to(x.dtype)).reshape(rows, -1)[:, :depth]

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from moegen.device import target_facts
-from moegen.runtime.activations import ACTIVATIONS
+from moegen.runtime.activations import ACTIVATIONS, Activation
 from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal
 from moegen.spec import Parallel
 from tests.support.packages import TOLERANCE, make_inputs, oracle, poisoned, relative_error, unnamed
+from tests.support.staged import quantisations, staged_oracle
 from tests.support.weights import SMALL_SCHEMES
 
 Build = Callable[..., ModuleType]
@@ -26,15 +27,20 @@ LONE, SOME = 1, 9
 ROUNDED_TWICE = 2e-2
 
 
-def tiles_of(layer: Any, swap_ab: bool, block_k: int = 32) -> LayerTiles:
-    tile = TileConfig(16, 32, block_k, 2, swap_ab, num_warps=4, num_stages=2)
+def tiles_of(layer: Any, swap_ab: bool, block_k: int = 32, block_m: int = 16) -> LayerTiles:
+    tile = TileConfig(block_m, 32, block_k, 2, swap_ab, num_warps=4, num_stages=2)
     for op in ("gemm1", "gemm2"):
         assert why_illegal(tile, layer.gemm(op), target_facts("cuda:90")) is None
     return LayerTiles(tile, tile)
 
 
 def run(
-    package: ModuleType, arguments: dict[str, Any], swap_ab: bool = False, block_k: int = 32, on_input: bool = False
+    package: ModuleType,
+    arguments: dict[str, Any],
+    swap_ab: bool = False,
+    block_k: int = 32,
+    on_input: bool = False,
+    block_m: int = 16,
 ) -> torch.Tensor:
     """One call of the package's own `run`, past its checks; `out` and everything between starts as NaN."""
     layer, x = package.LAYERS[0], arguments["hidden_states"]
@@ -44,14 +50,20 @@ def run(
     package.runtime.quantise._TENSOR_PROGRAMS = 4  # of 512, which the interpreter would run one after another
     with poisoned():
         call = package.runtime.layer.Call(x, *weights, *routing, out)
-        package.runtime.layer.run(layer, call, tiles_of(layer, swap_ab, block_k))
+        package.runtime.layer.run(layer, call, tiles_of(layer, swap_ab, block_k, block_m))
     return out
 
 
 def check(package: ModuleType, arguments: dict[str, Any], **options: Any) -> torch.Tensor:
     layer = package.LAYERS[0]
-    result = run(package, arguments, **options)
-    expected = oracle(layer, arguments, apply_router_weight_on_input=options.get("on_input", False))
+    on_input = options.get("on_input", False)
+    with quantisations(package) as seen:
+        result = run(package, arguments, **options)
+    if layer.scheme.row.activation is not None and not on_input:
+        hidden, wanted, staged = staged_oracle(package, arguments, seen)
+        for found, exact in ((hidden, wanted), (result, staged)):
+            assert relative_error(found, exact) < TOLERANCE[layer.dtype]
+    expected = oracle(layer, arguments, apply_router_weight_on_input=on_input)
     limit = TOLERANCE[layer.dtype] if layer.scheme.row.activation is None else ROUNDED_TWICE
     error = relative_error(result, expected)
     assert error < limit, f"{layer.slug} {list(arguments['hidden_states'].shape)} {options}: {error:.5f}"
@@ -80,10 +92,18 @@ def test_tiles_that_divide_everything(dtype: str, build: Build) -> None:
         check(package, make_inputs(package.LAYERS[0], tokens), swap_ab=swap_ab)
 
 
+# Every name, and those with a parameter that is off by default with it on, at values that the inputs reach.
+KINDS: dict[str, str | Activation] = {name: name for name in ACTIVATIONS} | {
+    "silu with limit": Activation.of("silu", limit=0.4),
+    "situ with limit": Activation.of("situ", beta=0.5, limit=0.4),
+    "swigluoai with parameters": Activation.of("swigluoai_uninterleave", alpha=1.702, beta=1.0, limit=0.4),
+}
+
+
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", list(ACTIVATIONS))
-def test_activations(name: str, bias: bool, build: Build) -> None:
-    package = build(activation=name, bias=bias, **SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations(kind: str, bias: bool, build: Build) -> None:
+    package = build(activation=KINDS[kind], bias=bias, **SIZES)
     layer = package.LAYERS[0]
     check(package, make_inputs(layer, LONE), swap_ab=True)
     check(package, make_inputs(layer, 5, 1, padding=0.2), swap_ab=False)
@@ -182,6 +202,13 @@ def test_sizes_that_divide(quant: str, build: Build) -> None:
     package = build(quant=(quant,), num_experts=8, top_k=2, hidden_size=128, intermediate_size=64)
     for tokens in (LONE, SOME):
         check(package, make_inputs(package.LAYERS[0], tokens))
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8_w8a8:32x32", "int4_w4a16:g32z"])
+def test_blocks_of_eight_tokens(quant: str, build: Build) -> None:
+    package = build(parallel=SHARD, quant=(quant,), **SIZES)
+    for tokens in (LONE, SOME):
+        check(package, make_inputs(package.LAYERS[0], tokens, 11, padding=0.2), swap_ab=True, block_m=8)
 
 
 @pytest.mark.parametrize("quant", ["int8_w8a8:channel", "int4_w4a16:g32z"])

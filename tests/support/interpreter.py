@@ -7,9 +7,10 @@ Set TRITON_INTERPRET=1 before triton is imported, then call `apply()` once.
 * float32 → bf16 truncates and float32 → fp8 loses the carry of a rounding: here torch converts (to nearest, even).
 * numpy ≥ 2.4 refuses to turn a one-element array into an int (Triton 3.6 only): loop bounds that are tl values failed.
 * `gdc_wait` and `gdc_launch_dependents` have no interpreted form: here they do nothing.
+* Inline assembly has none either: here the two instructions of moegen/runtime/decode.py are computed.
 
-Not repaired: ragged TMA, inline assembly, bf16 atomics, tl.dot_scaled, Gluon. Programs run one after another, so races
-between programs are not seen.
+Not repaired: ragged TMA, other inline assembly, bf16 atomics, tl.dot_scaled, Gluon. Programs run one after another, so
+races between programs are not seen.
 """
 
 from typing import Any
@@ -45,6 +46,7 @@ def apply() -> None:
         _repair_elementwise()
         _repair_loop_bounds()
         _ignore_dependent_launch()
+        _compute_inline_assembly()
         _applied = True
 
 
@@ -142,6 +144,9 @@ def _repair_elementwise() -> None:
         return _rounded_to_bf16(operation(_widened(first).data, _widened(second).data, _widened(third).data))
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if x.dtype.scalar == tl.float32:  # rounded once, as hardware does: the product is exact in float64
+            wide = x.data.astype(np.float64) * y.data + z.data
+            return interpreter.TensorHandle(wide.astype(np.float32), tl.float32)
         if not _all_bf16(x, y, z):
             return stock_fma(self, x, y, z)
         return _rounded_to_bf16(stock_fma(self, _widened(x), _widened(y), _widened(z)).data)
@@ -166,3 +171,53 @@ def _ignore_dependent_launch() -> None:
 
     for name in ("gdc_wait", "gdc_launch_dependents"):
         setattr(cuda, name, nothing)
+
+
+def _permute_bytes(x: np.ndarray, y: np.ndarray, select: np.ndarray) -> np.ndarray:
+    """PTX prmt, default mode."""
+    source = x.astype(np.uint64) | y.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(x)
+    for place in range(4):
+        chosen = select >> np.uint32(4 * place) & np.uint32(0xF)
+        byte = (source >> (8 * (chosen & np.uint32(7))).astype(np.uint64) & np.uint64(0xFF)).astype(np.uint32)
+        sign = (byte >> np.uint32(7)) * np.uint32(0xFF)
+        result |= np.where(chosen < 8, byte, sign) << np.uint32(8 * place)
+    return result
+
+
+def _multiply_add_pairs(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """PTX fma.rn.bf16x2, where float32 holds x * y + z exactly (else it is rounded twice)."""
+
+    def values(word: np.ndarray, shift: int) -> np.ndarray:
+        bits = (word >> np.uint32(shift) << np.uint32(16)).astype(np.uint32)
+        return bits.view(np.float32).astype(np.float64)
+
+    halves = []
+    for shift in (0, 16):
+        exact = (values(x, shift) * values(y, shift) + values(z, shift)).astype(np.float32)
+        halves.append(_bits(torch.from_numpy(exact).to(torch.bfloat16)).astype(np.uint32))
+    return halves[0] | halves[1] << np.uint32(16)
+
+
+_INSTRUCTIONS = {"prmt.b32": _permute_bytes, "fma.rn.bf16x2": _multiply_add_pairs}
+
+
+class _Results:
+    """What `create_inline_asm` returns: an operation with one result."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def get_result(self, index: int) -> Any:
+        assert index == 0
+        return self._handle
+
+
+def _compute_inline_assembly() -> None:
+    def create_inline_asm(_builder: Any, text: str, _constraints: str, values: Any, *_: Any) -> _Results:
+        words = np.broadcast_arrays(*(value.data for value in values))
+        words = [np.ascontiguousarray(word.astype(np.int32)).view(np.uint32) for word in words]
+        result = _INSTRUCTIONS[text.split()[0]](*words)
+        return _Results(interpreter.TensorHandle(result.view(np.int32), tl.int32))
+
+    interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm

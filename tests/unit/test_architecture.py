@@ -26,7 +26,8 @@ ORDER = (
     ("render",),
     ("emit",),
     ("load",),
-    ("aot", "bench"),
+    ("aot", "bench", "interop"),
+    ("tune",),
     ("cli",),
     ("__main__",),
 )

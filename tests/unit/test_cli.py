@@ -266,12 +266,15 @@ try:
     code = main(sys.argv[1:])
 except SystemExit as stop:
     code = stop.code
-heavy = [name for name in ("torch", "triton", "numpy", "optuna") if name in sys.modules]
+heavy = [name for name in ("torch", "triton", "numpy", "optuna", "matplotlib") if name in sys.modules]
 sys.exit(f"imported: {heavy}" if heavy else code)
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["bench", "--help"], ["list"], ["show", "X"]])
+HELP = [[name, "--help"] for name in ("build", "bench", "tune", "check", "merge", "export", "import", "plot")]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *HELP, ["list"], ["show", "X"]], ids=" ".join)
 def test_starts_without_torch(arguments: list[str], spec_file: Path, tmp_path: Path) -> None:
     if "X" in arguments:
         run("build", spec_file, "-o", tmp_path)

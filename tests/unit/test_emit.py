@@ -215,6 +215,44 @@ def test_matching_records_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert set(found) <= set(json.loads(files["manifest.json"])["files"])
 
 
+def test_records_that_were_tuned_survive_a_rebuild(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written into a package after its build stays, build after build; what a build put there is renewed."""
+    tuned, plan = tmp_path / "tuned", plan_of(dtypes=("bfloat16", "float16", "float32"))
+    names = [f"nvidia-h200/{layer.variant.slug}.json" for layer in plan.layers]
+    (tuned / "nvidia-h200").mkdir(parents=True)
+    monkeypatch.setattr(emit_module, "data_folder", lambda name: {"tuned_configs": tuned}[name])
+    (tuned / names[0]).write_text("published")
+    (tuned / names[1]).write_text("published")
+    folder = emit(plan, tmp_path / "out")
+    untouched = (folder / "manifest.json").read_bytes()
+
+    (folder / "configs" / names[1]).write_text("tuned over a published one")
+    (folder / "configs" / names[2]).write_text("tuned")
+    (tuned / names[0]).write_text("published anew")
+    for _ in range(3):
+        assert emit(plan, tmp_path / "out") == folder
+        found = {name: (folder / "configs" / name).read_text() for name in names}
+        assert list(found.values()) == ["published anew", "tuned over a published one", "tuned"]
+    listed = set(read_manifest(folder)["files"])
+    assert {name for name in names if f"configs/{name}" in listed} == {names[0]}
+
+    (tuned / names[0]).write_text("published")
+    (folder / "configs" / names[1]).unlink()
+    (folder / "configs" / names[2]).unlink()
+    assert (emit(plan, tmp_path / "out") / "manifest.json").read_bytes() == untouched
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", "{}", '{"files": 3}'])
+def test_a_broken_manifest_does_not_stop_a_rebuild(manifest: str, tmp_path: Path) -> None:
+    folder = emit(plan_of(), tmp_path)
+    record = folder / "configs" / "nvidia-h200" / "layer.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("tuned")
+    (folder / "manifest.json").write_text(manifest)
+    assert read_manifest(emit(plan_of(), tmp_path))["package"] == folder.name
+    assert record.read_text() == "tuned"
+
+
 # ----------------------------------------------------------------------------------------------------------- loading
 
 

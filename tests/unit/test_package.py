@@ -52,6 +52,9 @@ def test_warmup_takes_the_form_of_a_checkpoint(quant: str, bias: bool, build: Ca
         ("none", "w13_bias", lambda part: part.float()),
         ("mxfp8", "w2_bias", lambda part: part.float()),
         ("none", "topk_ids", lambda part: part.long()),
+        ("none", "hidden_states", lambda part: torch.cat((part, part[:, :1]), 1)[:, : part.shape[1]]),
+        ("none", "hidden_states", lambda part: torch.cat((part[0, :1], part.flatten()))[1:].view(part.shape)),
+        ("none", "w2", lambda part: torch.cat((part, part[..., :1]), 2)[..., : part.shape[2]]),
     ],
 )
 def test_forms_that_compile_other_kernels(
@@ -61,6 +64,19 @@ def test_forms_that_compile_other_kernels(
     variant, arguments = package.runtime.package._variant, make_inputs(package.LAYERS[0], 1)
     other = {**arguments, name: change(arguments.get(name))}
     assert variant(call_of(package, other)) != variant(call_of(package, arguments))
+
+
+def test_what_depends_on_the_tokens_selects_no_kernel(build: Callable[..., ModuleType]) -> None:
+    """Parts of one buffer and slices of the router's output lie at any multiple of 4 bytes."""
+    package = build()
+    runtime, gemms = package.runtime, package.LAYERS[0].kernels
+    kernels = (gemms.gemm1, gemms.gemm2, runtime.align.align_count_kernel, runtime.align.align_kernel)
+    kernels += (runtime.quantise._quantise_groups, runtime.quantise._tensor_maximum, runtime.quantise._quantise_tensor)
+    kernels += (runtime.reduce.top_k_reduce_kernel,)
+    anywhere = {"topk_ids", "topk_weights", "expert_map", "sorted_token_ids", "expert_ids", "num_tokens_post_padded"}
+    found = [parameter for kernel in kernels for parameter in kernel.params if parameter.name in anywhere]
+    assert {parameter.name for parameter in found} == anywhere
+    assert all(parameter.do_not_specialize_on_alignment for parameter in found)
 
 
 def test_both_types_of_e8m0_scales_run_the_same_kernels(build: Callable[..., ModuleType]) -> None:

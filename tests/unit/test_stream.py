@@ -1,5 +1,7 @@
 """The family "stream" without a GPU: which tiles and calls it takes, how work is shared, what descriptors show."""
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,20 +11,21 @@ import pytest
 import torch
 
 from moegen.device import TARGETS
-from moegen.runtime import stream, stream_parts
+from moegen.runtime import stream
 from moegen.runtime.layer import Call, launch_key
-from moegen.runtime.stream import BarrierWords, StreamSizes, padded_tokens, stream_readable, stream_sizes
+from moegen.runtime.stream import BarrierWords, StreamSizes, stream_sizes
 from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, default_tiles, shared_memory, why_illegal
+from moegen.runtime.tma import descriptor_base, readable_by_tma
 from moegen.runtime.weight import Weight
 from tests.unit.test_configs import LAYER
 
 H200 = TARGETS["cuda:90"]
 GEMM1 = Gemm("gemm1", 128, 8, 1536, 2048, True, a_bits=16, w_bits=16, group_k=0)
 GEMM2 = Gemm("gemm2", 128, 8, 2048, 768, False, a_bits=16, w_bits=16, group_k=0)
-TILE = TileConfig(8, 16, 512, PDL=True, num_warps=8, num_stages=6, family="stream")
+TILE = TileConfig(1, 16, 512, PDL=True, num_warps=8, num_stages=6, family="stream")
 
 ILLEGAL: list[tuple[dict[str, Any], str]] = [
-    ({"BLOCK_SIZE_M": 16}, "BLOCK_SIZE_M=16 is above the 8 tokens"),
+    ({"BLOCK_SIZE_M": 2}, "BLOCK_SIZE_M=2 is not the 1 token of family=stream"),
     ({"BLOCK_SIZE_N": 8}, "BLOCK_SIZE_N=8 is outside 16..64"),
     ({"BLOCK_SIZE_N": 128}, "BLOCK_SIZE_N=128 is outside 16..64"),
     ({"BLOCK_SIZE_K": 128}, "BLOCK_SIZE_K=128 is not 256 or 512"),
@@ -65,19 +68,63 @@ def test_two_blocks_fit_a_multiprocessor() -> None:
     assert 2 * (shared_memory(TILE, GEMM1) + 1024) <= 233_472
 
 
-def test_heuristic_does_not_choose_it() -> None:
-    for tokens in (1, 2, 4, 8):
-        tiles = default_tiles(GEMM1, GEMM2, tokens, H200, low_latency=tokens <= 4)
-        assert {tiles.gemm1.family, tiles.gemm2.family} == {"portable"}
+# (top_k, hidden size, intermediate size) of models, with the fastest tile that was measured; docs/performance.md.
+LOW, HIGH = (16, 512, 4), (32, 256, 8)
+MEASURED = {
+    "Qwen3-30B-A3B": (8, 2048, 768, LOW),
+    "Qwen3-Next": (10, 2048, 512, LOW),
+    "DeepSeek-V3 TP8": (8, 7168, 256, HIGH),
+    "gpt-oss-120b": (4, 2880, 2880, HIGH),
+}
 
 
-@pytest.mark.parametrize(("tokens", "padded"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8)])
-def test_padded_tokens(tokens: int, padded: int) -> None:
-    assert padded_tokens(tokens) == padded
+def gemms(top_k: int, hidden: int, intermediate: int, bits: int = 16) -> tuple[Gemm, Gemm]:
+    return (
+        Gemm("gemm1", 128, top_k, 2 * intermediate, hidden, True, a_bits=bits, w_bits=bits, group_k=0),
+        Gemm("gemm2", 128, top_k, hidden, intermediate, False, a_bits=bits, w_bits=bits, group_k=0),
+    )
+
+
+@pytest.mark.parametrize("model", MEASURED)
+@pytest.mark.parametrize("low_latency", [False, True])
+def test_one_token_takes_it(model: str, low_latency: bool) -> None:
+    top_k, hidden, intermediate, (rows, depth, warps) = MEASURED[model]
+    tiles = default_tiles(*gemms(top_k, hidden, intermediate), 1, H200, low_latency)
+    expected = TileConfig(1, rows, depth, PDL=True, num_warps=warps, num_stages=6, family="stream")
+    assert tiles == LayerTiles(expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "target"),
+    [
+        ({}, 2, "cuda:90"),
+        ({}, 1, "cuda:80"),
+        ({}, 1, "cuda:100"),
+        ({}, 1, "hip:gfx942"),
+        ({"bits": 32}, 1, "cuda:90"),
+        ({"bits": 8}, 1, "cuda:90"),
+        ({"hidden": 511}, 1, "cuda:90"),
+        ({"intermediate": 511}, 1, "cuda:90"),
+    ],
+)
+def test_others_do_not(fields: dict[str, int], tokens: int, target: str) -> None:
+    pair = gemms(**{"top_k": 8, "hidden": 2048, "intermediate": 768, **fields})
+    tiles = default_tiles(*pair, tokens, TARGETS[target], low_latency=True)
+    assert (tiles.gemm1.family, tiles.gemm2.family) == ("portable", "portable")
+    assert tiles == default_tiles(*pair, tokens, TARGETS[target], low_latency=True, portable=True)
+
+
+def test_choosing_it_imports_nothing_of_gluon() -> None:
+    code = (
+        "import sys, tests.unit.test_stream as own, moegen.runtime.package;"
+        "own.test_one_token_takes_it('Qwen3-Next', True);"
+        "assert not [name for name in sys.modules if 'experimental.gluon' in name or name.endswith('stream_kernel')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603
 
 
 def sizes(**fields: Any) -> StreamSizes:
-    return replace(stream_sizes(LAYER, TILE, 1, weight_on_input=False), **fields)
+    return replace(stream_sizes(LAYER, TILE, weight_on_input=False), **fields)
 
 
 @pytest.mark.parametrize(
@@ -106,14 +153,16 @@ def test_outside_is_outside(length: int) -> None:
 
 def run_as_python(function: Any, monkeypatch: pytest.MonkeyPatch, **language: Any) -> Any:
     """The source of a Gluon function as ordinary Python, with stand-ins for what it takes from the language."""
-    monkeypatch.setattr(stream_parts, "gl", SimpleNamespace(constexpr=int, **language))
+    monkeypatch.setitem(function.fn.__globals__, "gl", SimpleNamespace(constexpr=int, **language))
     return function.fn
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 132])
 @pytest.mark.parametrize("units", [0, 1, 96, 128, 768, 6144, 92_160])
 def test_every_unit_has_one_block(units: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    share = run_as_python(stream_parts.share, monkeypatch, num_programs=lambda _: blocks)
+    from moegen.runtime.stream_parts import share as compiled
+
+    share = run_as_python(compiled, monkeypatch, num_programs=lambda _: blocks)
     shares = [share(units, block) for block in range(blocks)]
     assert [unit for first, last in shares for unit in range(first, last)] == list(range(units))
     counts = [last - first for first, last in shares]
@@ -122,7 +171,9 @@ def test_every_unit_has_one_block(units: int, blocks: int, monkeypatch: pytest.M
 
 def test_stages_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
     where = lambda condition, one, other: one if condition else other  # noqa: E731
-    next_stage = run_as_python(stream_parts.next_stage, monkeypatch, where=where)
+    from moegen.runtime.stream_parts import next_stage as compiled
+
+    next_stage = run_as_python(compiled, monkeypatch, where=where)
     place, places = (0, 0), []
     for _ in range(7):
         places.append(place)
@@ -149,7 +200,7 @@ def test_descriptors_pair_the_rows(padding: int) -> None:
     wide = torch.arange(experts * rows * (depth + padding), dtype=torch.float16)
     w = wide.view(experts, rows, depth + padding)[..., :depth]
     for interleaved in (False, True):
-        found = stream._weight_descriptor(w, sizes(), interleaved)
+        found = stream._weight_descriptor(w, w, sizes(), interleaved)
         seen = torch.as_strided(w, found.shape, found.strides)
         first, second = (w[:, 0::2], w[:, 1::2]) if interleaved else (w[:, : rows // 2], w[:, rows // 2 :])
         assert torch.equal(seen[:, 0], first)
@@ -166,12 +217,12 @@ def test_readable() -> None:
     def values(*shape: int, skip: int = 0) -> torch.Tensor:
         return torch.zeros(*shape[:-1], shape[-1] + skip, dtype=torch.bfloat16)[..., skip:]
 
-    assert stream_readable(call(values(2, 64), values(4, 8, 64), values(4, 64, 8)))
-    assert stream_readable(call(values(2, 64, skip=8), values(4, 8, 64, skip=8), values(4, 64, 8, skip=8)))
-    for odd in range(3):  # an address that is no multiple of 16 bytes, rows whose distance is none
-        tensors = [values(2, 64), values(4, 8, 64), values(4, 64, 8)]
+    assert readable_by_tma(call(values(1, 64), values(4, 8, 64), values(4, 64, 8)))
+    assert readable_by_tma(call(values(1, 64, skip=8), values(4, 8, 64, skip=8), values(4, 64, 8, skip=8)))
+    for odd in range(3):  # an address that is no multiple of 16 bytes; rows of weights whose distance is none
+        tensors = [values(1, 64), values(4, 8, 64), values(4, 64, 8)]
         tensors[odd] = values(*tensors[odd].shape, skip=4)
-        assert not stream_readable(call(*tensors))
+        assert not readable_by_tma(call(*tensors))
 
 
 def test_launches_that_may_overlap_have_words_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,11 +255,14 @@ def test_launches_that_may_overlap_have_words_of_their_own(monkeypatch: pytest.M
         words.word()
 
 
+def test_a_warm_up_shows_descriptors_of_some_memory() -> None:
+    here, nowhere = torch.zeros(8), torch.empty(8, device="meta")
+    on_gpu: Any = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+    assert descriptor_base(here, on_gpu) is here
+    assert descriptor_base(nowhere, nowhere) is nowhere  # only compiled
+    assert not descriptor_base(nowhere, on_gpu).is_meta
+
+
 def test_launch_key_tells_kernels_apart() -> None:
-    tiles = LayerTiles(TILE, TILE)
-    keys = [launch_key(LAYER, tokens, tiles, None) for tokens in (1, 2, 3, 4, 5, 8)]
-    assert keys[2] == keys[3]
-    assert keys[4] == keys[5]
-    assert len(set(keys)) == 4
-    mapped = torch.zeros(128, dtype=torch.int32)
-    assert launch_key(LAYER, 1, tiles, mapped) != launch_key(LAYER, 1, tiles, None)
+    tiles, others = LayerTiles(TILE, TILE), default_tiles(GEMM1, GEMM2, 1, H200, True)
+    assert launch_key(LAYER, 1, tiles, None) != launch_key(LAYER, 1, others, None)

@@ -33,7 +33,9 @@ ILLEGAL: list[tuple[dict[str, Any], str]] = [
     ({"BLOCK_SIZE_M": 1 << 60}, "BLOCK_SIZE_M=1152921504606846976 is outside"),
     ({"BLOCK_SIZE_K": 1024}, "BLOCK_SIZE_K=1024 is outside"),
     ({"BLOCK_SIZE_N": 1}, "BLOCK_SIZE_N=1 is outside"),
-    ({"family": "warp"}, "family=warp is unknown; known: portable"),
+    ({"BLOCK_SIZE_M": 4}, "BLOCK_SIZE_M=4 is outside 8..512"),
+    ({"BLOCK_SIZE_M": 8}, "BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU"),
+    ({"family": "warp"}, "family=warp is unknown; known: portable, tma, stream"),
     ({"BLOCK_SIZE_M": 256, "BLOCK_SIZE_N": 256}, "512 accumulators per thread"),
     ({"BLOCK_SIZE_K": 256, "num_stages": 4}, "bytes of shared memory exceed the 232448 of NVIDIA H200"),
 ]
@@ -57,6 +59,14 @@ def test_legality_depends_on_device_and_element_size() -> None:
     assert why_illegal(tile, replace(GEMM, a_bits=8, w_bits=8), TARGETS["cuda:120"]) is None
 
 
+def test_eight_tokens_need_swapped_operands_and_cuda() -> None:
+    tile = replace(TILE, BLOCK_SIZE_M=8, SWAP_AB=True)
+    assert why_illegal(tile, GEMM, H200) is None
+    found = why_illegal(tile, GEMM, TARGETS["hip:gfx942"])
+    assert found is not None
+    assert found.startswith("BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU")
+
+
 def test_shared_memory_holds_at_least_the_epilogue() -> None:
     tile = TileConfig(128, 256, 16, num_warps=8, num_stages=1)
     assert shared_memory(tile, replace(GEMM, gated=False)) >= 128 * 256 * 4
@@ -77,7 +87,7 @@ REFUSED: list[tuple[object, str]] = [
     ({**PLAIN, "num_warps": [4]}, r"here.num_warps: \[4\] is not allowed; allowed: int"),
     ({**PLAIN, "num_stages": {"a": 1}}, "here.num_stages: .* is not allowed; allowed: int"),
     ({**PLAIN, "SWAP_AB": 1}, "here.SWAP_AB: 1 is not allowed; allowed: bool"),
-    ({**PLAIN, "family": "warp"}, "here.family: 'warp' is not allowed; allowed: portable"),
+    ({**PLAIN, "family": "warp"}, "here.family: 'warp' is not allowed; allowed: portable or tma or stream"),
     ({**PLAIN, "family": ["portable"]}, "here.family: .* is not allowed; allowed: portable"),
     ({**PLAIN, "family": 1}, "here.family: 1 is not allowed; allowed: portable"),
 ]
@@ -106,13 +116,13 @@ def gemms(model: Any, stored: dict[str, int], split: Parallel) -> tuple[Gemm, Ge
     )
 
 
-# How activations and weights are stored: bits of a value, K group.
-STORED: dict[str, tuple[int, int, int]] = {
+# How activations and weights are stored: bits of a value, K group, and of block scales the rows that share one.
+STORED: dict[str, tuple[int, ...]] = {
     "16 bit": (16, 16, 0),
     "float32": (32, 32, 0),
     "w8a8": (8, 8, 0),
-    "w8a8, groups of 128": (8, 8, 128),
-    "w8a8, groups of 32": (8, 8, 32),
+    "w8a8, groups of 128": (8, 8, 128, 128),
+    "w8a8, groups of 32": (8, 8, 32, 32),
     "w8a16": (16, 8, 0),
     "w8a16, groups of 64": (16, 8, 64),
     "w4a16, groups of 16": (16, 4, 16),
@@ -122,7 +132,7 @@ STORED: dict[str, tuple[int, int, int]] = {
 
 
 def stored_as(name: str) -> dict[str, int]:
-    return dict(zip(("a_bits", "w_bits", "group_k"), STORED[name], strict=True))
+    return dict(zip(("a_bits", "w_bits", "group_k", "group_n"), STORED[name], strict=False))
 
 
 def splits(model: Any) -> list[Parallel]:

@@ -223,7 +223,7 @@ def test_round_activations(quant: str, static: float | None) -> None:
         assert bool((found[2] == 0).all())
         if scheme.row.activation is None:
             assert found is x
-        # a value that float32, which the rounding passes through, puts on the other side of a tie is one step off
+        # the seed has no value so near a tie that float32 rounds it to the other side
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
@@ -235,7 +235,7 @@ def test_scales_rounded_up_to_a_power_of_two(quant: str, dtype: torch.dtype) -> 
     largest = torch.full((1, 32), 448.0 * 2.0**-9, dtype=dtype)
     largest[0, 1] = 2.0**-18  # the smallest code of the smaller scale, half of that of the larger one
     above = largest.clone()
-    above[0, 0] = torch.nextafter(above[0, 0], torch.tensor(1e9, dtype=dtype))
+    above[0, 0] = torch.nextafter(above[0, 0].float(), torch.tensor(1e9))
     at = round_activations(largest, scheme, torch.float8_e4m3fn, None)
     over = round_activations(above, scheme, torch.float8_e4m3fn, None)
     assert (at[0, 1].item(), over[0, 1].item()) == (2.0**-18, 0.0)

@@ -1,0 +1,199 @@
+"""Compiles candidates ahead on all CPU cores, into Triton's cache on disk, where the process with the GPU finds them.
+
+Each worker is a Child: a compiler that hangs, crashes or raises fails the one kernel that it was given.
+"""
+
+import os
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from moegen.aot import Compiled, compile_call, meta_call
+from moegen.load import import_package
+from moegen.runtime.device import DeviceFacts
+from moegen.runtime.tile import LayerTiles, TileConfig
+from moegen.tune.child import Child, ChildError
+from moegen.tune.trial import Measurement, Status
+
+WORKER = "moegen.tune.compile_pool:CompileWorker"
+TIME_LIMIT_S = 120.0  # for a few kernels; one takes about a second
+NICENESS = 10  # the process that measures must not wait for a core
+GEMMS = ("gemm1", "gemm2")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Kernels to compile: those of one GEMM ("gemm1", "gemm2") with its tile config, or all "others" of a call."""
+
+    folder: Path
+    slug: str
+    device: DeviceFacts
+    tokens: int
+    op: str
+    tiles: LayerTiles
+
+    @property
+    def target(self) -> str:
+        """`cuda:90`, as moegen.aot names it."""
+        return f"{self.device.backend}:{self.device.arch}"
+
+    def wants(self, kernel: str) -> bool:
+        """Whether the kernel of that name belongs to this job."""
+        return kernel.startswith(self.op) if self.op in GEMMS else not kernel.startswith(GEMMS)
+
+
+@dataclass(frozen=True, slots=True)
+class Compilation:
+    """What came of a job: its kernels, how many of them were not in the cache, and why it failed, if it did."""
+
+    kernels: tuple[Compiled, ...] = ()
+    compiled: int = 0
+    seconds: float = 0.0
+    failure: Measurement | None = None
+
+
+def jobs_of(folder: Path, slug: str, device: DeviceFacts, tokens: int, tiles: LayerTiles) -> list[Job]:
+    """The jobs that together compile all that a call of `tokens` tokens with `tiles` launches.
+
+    A job has of `tiles` only what its kernels depend on, so that different candidates have jobs in common.
+    """
+
+    def job(op: str, first: TileConfig, second: TileConfig) -> Job:
+        return Job(folder, slug, device, tokens, op, LayerTiles(first, second))
+
+    gemms = [job(op, tile, tile) for op, tile in zip(GEMMS, (tiles.gemm1, tiles.gemm2), strict=True)]
+    plain = [TileConfig(t.BLOCK_SIZE_M, 64, 64, PDL=t.PDL, family=t.family) for t in (tiles.gemm1, tiles.gemm2)]
+    return [job("others", *plain), *gemms]
+
+
+class CompilePool:
+    """Worker processes that compile jobs in the order in which they came; shared by all GPUs of a run.
+
+    workers        how many; one a CPU core if None, less one for the process that measures
+    time_limit_s   after which a job has failed and its worker is replaced
+
+    Every job is done once. One that failed has failed for all token counts. All methods are safe in all threads.
+    """
+
+    def __init__(self, workers: int | None = None, *, time_limit_s: float = TIME_LIMIT_S, worker: str = WORKER) -> None:
+        count = workers or max(1, len(os.sched_getaffinity(0)) - 1)
+        self.compiled = 0  # kernels
+        self.compiler_s = 0.0  # of all workers together
+        self._time_limit_s = time_limit_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._done: dict[Job, Future[Compilation]] = {}
+        self._failed: dict[Job, Compilation] = {}
+        self._children = [Child(worker) for _ in range(count)]
+        self._threads = [threading.Thread(target=self._serve, args=(child,), daemon=True) for child in self._children]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> "CompilePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, job: Job) -> Future[Compilation]:
+        """Queue a job unless it is queued or done; its result is a failure rather than an exception.
+
+        RuntimeError if the pool is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the compile pool is closed")
+            if job not in self._done:
+                self._done[job] = Future()
+                self._jobs.put(job)
+            return self._done[job]
+
+    def close(self) -> None:
+        """Stop compiling: jobs in work are dropped, those that wait are cancelled."""
+        with self._lock:
+            self._closed = True
+            for future in self._done.values():
+                future.cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for child in self._children:
+            child.kill()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self, child: Child) -> None:
+        """One worker's thread: start the process before there is work, then do one job after the other."""
+        child.start()
+        while (job := self._jobs.get()) is not None and not self._closed:
+            future = self._done[job]
+            if future.set_running_or_notify_cancel():
+                future.set_result(self._compile(child, job))
+        child.stop()
+
+    def _compile(self, child: Child, job: Job) -> Compilation:
+        anywhere = replace(job, tokens=0)
+        known = self._failed.get(anywhere)
+        if known is not None:
+            return known
+        try:
+            done = cast(Compilation, child.call(job, self._time_limit_s))
+        except ChildError as error:
+            done = Compilation(failure=Measurement("compile", message=f"{job.op}: compiler: {error}"))
+        with self._lock:
+            self.compiled += done.compiled
+            self.compiler_s += done.seconds
+            if done.failure is not None:
+                self._failed[anywhere] = done
+        return done
+
+
+class CompileWorker:
+    """What runs in a worker process."""
+
+    def __init__(self) -> None:
+        import torch
+        from triton import knobs
+
+        os.nice(NICENESS)
+        torch.set_num_threads(1)
+        self._misses = 0
+        knobs.compilation.listener = self._listen
+
+    def _listen(self, *, cache_hit: bool, **_: object) -> None:
+        self._misses += not cache_hit
+
+    def __call__(self, job: Job) -> Compilation:
+        """Compile one job."""
+        began, misses = time.perf_counter(), self._misses
+        kernels = self.kernels(job)
+        seconds = time.perf_counter() - began
+        return Compilation(tuple(kernels), self._misses - misses, seconds, failure_of(kernels, job.device))
+
+    def kernels(self, job: Job) -> list[Compiled]:
+        """What the job compiles."""
+        package = import_package(job.folder)._dispatch._PACKAGE
+        layer = next(layer for layer in package.layers if layer.slug == job.slug)
+        call = meta_call(package, layer, job.tokens, job.device)
+        return compile_call(package, layer, call, job.tiles, job.target, job.wants)
+
+
+# What compilers say of a kernel that is correct but too large for the GPU.
+TOO_MUCH = ("out of resource", "too much shared data", "too many resources", "out of memory")
+
+
+def failure_of(kernels: list[Compiled], device: DeviceFacts) -> Measurement | None:
+    """The first reason why kernels cannot run on `device`, as a measurement; None if they can."""
+    for kernel in kernels:
+        if kernel.error is not None:
+            too_much = any(words in kernel.error.lower() for words in TOO_MUCH)
+            status: Status = "resources" if too_much else "compile"
+            return Measurement(status, message=f"{kernel.kernel}: {kernel.error}")
+        if kernel.shared_memory > device.shared_memory:
+            message = f"{kernel.shared_memory} bytes of shared memory, {device.shared_memory} are there"
+            return Measurement("resources", message=f"{kernel.kernel}: {message}")
+    return None

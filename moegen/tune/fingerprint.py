@@ -1,0 +1,72 @@
+"""What a measured time depends on beside the tiles: a hash of the kernels that ran, and whether it still holds."""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from moegen.emit import TESTED, package_files
+from moegen.load import PackageError, read_manifest
+from moegen.plan import Plan, make_plan
+from moegen.spec import MoESpec, Parallel, Shape, VariantSpec
+
+# Beside the layer's own module: every kernel that a call launches, and the functions that generated ones call.
+_RUNTIME = ("align", "kernel_parts", "quantise", "reduce")
+_LENGTH = 16
+
+
+def package_kernels(folder: Path, slug: str) -> str:
+    """Hash of the kernels that layer `slug` of the emitted package in `folder` runs; PackageError if it is none."""
+    plan = make_plan(MoESpec.from_dict(read_manifest(folder)["spec"], str(folder)))
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
+    try:
+        return _kernels(plan, slug, files)
+    except KeyError as error:
+        raise PackageError(f"{folder} has no {error}; build it again: moegen build {folder}/spec.yaml") from error
+
+
+@functools.cache
+def current_kernels(variant: VariantSpec) -> str:
+    """The same hash for a package that would be built now."""
+    plan = make_plan(spec_of(variant))
+    return _kernels(plan, variant.slug, package_files(plan))
+
+
+def spec_of(variant: VariantSpec) -> MoESpec:
+    """The spec of a package that holds this one layer."""
+    shape = Shape(
+        num_experts=variant.num_experts,
+        top_k=variant.top_k,
+        hidden_size=variant.hidden_size,
+        intermediate_size=variant.intermediate_size,
+    )
+    return MoESpec(
+        name=variant.slug,
+        shapes=(shape,),
+        dtypes=(variant.dtype,),
+        quant=(variant.quant,),
+        activation=variant.activation,
+        bias=variant.bias,
+        parallel=(Parallel(ep=variant.num_experts // variant.local_experts),),
+    )
+
+
+def why_stale(kernels: str, triton: str, variant: VariantSpec) -> str | None:
+    """Why times of these kernels under this Triton need not hold any more, or None."""
+    if triton not in {pair["triton"] for pair in TESTED}:
+        known = ", ".join(pair["triton"] for pair in TESTED)
+        return f"tuned with Triton {triton or '(not stated)'}, supported: {known}"
+    if kernels != current_kernels(variant):
+        return "the layer's kernels have changed since it was tuned"
+    return None
+
+
+def _kernels(plan: Plan, slug: str, files: Mapping[str, bytes]) -> str:
+    module = next(layer.module for layer in plan.layers if layer.variant.slug == slug)
+    digest = hashlib.sha256()
+    for name in (f"{module}.py", *(f"runtime/{name}.py" for name in _RUNTIME)):
+        lines = [
+            line for line in files[name].decode().splitlines() if line.strip() and not line.lstrip().startswith("#")
+        ]
+        digest.update("\n".join([name, *lines]).encode() + b"\0")
+    return digest.hexdigest()[:_LENGTH]

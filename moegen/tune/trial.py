@@ -1,0 +1,41 @@
+"""What a measurement is, and who can make one: the words that search, journal and GPU side share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from moegen.runtime.tile import LayerTiles
+
+# ok and slow have a time. The others are failures by class: the config does not compile, needs more than the GPU has,
+# did not return in time, took its process down, or computes something else than the reference.
+Status = Literal["ok", "slow", "compile", "resources", "timeout", "crash", "wrong"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What measuring one pair of tile configs gave.
+
+    status   see Status
+    us       time of the whole layer call, µs: the median with status ok; what was seen until the race dropped the
+             config with status slow; None otherwise
+    spread   relative noise of `us` (interquartile range / median)
+    message  one line that says why there is no time
+    """
+
+    status: Status
+    us: float | None = None
+    spread: float = 0.0
+    message: str = ""
+
+
+class Measurer(Protocol):
+    """Measures the tile configs of one layer: on a GPU (client.py) or from a recorded sweep (replay.py)."""
+
+    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles]) -> None:
+        """Announce what will be measured soon, in that order, so that it can be compiled ahead."""
+
+    def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
+        """Measure one pair; a failure is a Measurement, never an exception. A race is lost against best_us, µs."""
+
+    def compare(self, tokens: int, finalists: Sequence[LayerTiles]) -> list[Measurement]:
+        """Measure the finalists side by side until their noise is below 1 % or a cap is reached, in the order given."""

@@ -1,0 +1,102 @@
+"""Which tile configs the tuner tries."""
+
+from dataclasses import replace
+
+import pytest
+
+from moegen.device import TARGETS
+from moegen.runtime.device import DeviceFacts
+from moegen.runtime.tile import Gemm, TileConfig, why_illegal
+from moegen.tune.replay import OPS
+from moegen.tune.space import AXES, LayerSpace, Space, layer_space
+from tests.support.made_up import DEVICE, GEMMS
+
+BITS = {"bf16": (16, 16, 0), "fp8": (8, 8, 0), "fp8 block": (8, 8, 128), "mxfp4": (16, 4, 32), "float32": (32, 32, 0)}
+
+
+def space_of(tokens: int, quant: str = "bf16", device: DeviceFacts = DEVICE) -> LayerSpace:
+    a_bits, w_bits, group_k = BITS[quant]
+    gemms = [replace(gemm, a_bits=a_bits, w_bits=w_bits, group_k=group_k) for gemm in GEMMS.values()]
+    return layer_space(*gemms, tokens, device, low_latency=tokens * 8 * 4 <= 128)
+
+
+def spaces_of(space: LayerSpace) -> list[tuple[str, int, Space]]:
+    return [(op, size, own) for op in OPS for size, own in getattr(space, op).items()]
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize("quant", sorted(BITS))
+@pytest.mark.parametrize("tokens", [1, 16, 256, 4096, 65536])
+def test_default_and_starts_are_in_every_space(quant: str, tokens: int, target: str) -> None:
+    space = space_of(tokens, quant, TARGETS[target])
+    assert space.default in space
+    assert all(space.start(size) in space for size in space.block_sizes)
+
+
+@pytest.mark.parametrize("quant", sorted(BITS))
+@pytest.mark.parametrize("tokens", [1, 16, 256, 4096])
+def test_every_config_is_legal_and_there_once(quant: str, tokens: int) -> None:
+    a_bits, w_bits, group_k = BITS[quant]
+    for op, size, own in spaces_of(space_of(tokens, quant)):
+        gemm: Gemm = replace(GEMMS[op], a_bits=a_bits, w_bits=w_bits, group_k=group_k)
+        assert [why_illegal(tile, gemm, DEVICE) for tile in own.tiles] == [None] * len(own.tiles)
+        assert len(set(own.tiles)) == len(own.tiles)
+        assert {tile.BLOCK_SIZE_M for tile in own.tiles} == {size}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"), [(1, (16,)), (16, (16, 32)), (256, (16, 32, 64)), (1024, (64, 128)), (16384, (64, 128))]
+)
+def test_block_sizes_lie_around_the_mean_number_of_slots(tokens: int, sizes: tuple[int, ...]) -> None:
+    assert space_of(tokens).block_sizes == sizes
+
+
+def varying(tokens: int, size: int) -> set[str]:
+    return set(space_of(tokens).gemm1[size].axes)
+
+
+def test_an_axis_is_open_only_where_it_can_matter() -> None:
+    assert varying(1, 16) == set(AXES["portable"]) - {"BLOCK_SIZE_M", "GROUP_SIZE_M"}
+    assert varying(16, 16) == set(AXES["portable"]) - {"BLOCK_SIZE_M", "GROUP_SIZE_M", "PDL"}
+    assert varying(4096, 64) == set(AXES["portable"]) - {"BLOCK_SIZE_M", "PDL"}
+    assert varying(4096, 128) == set(AXES["portable"]) - {"BLOCK_SIZE_M", "PDL", "SWAP_AB"}
+    assert min(tile.num_warps for tile in space_of(4096).gemm1[64].tiles) == 4
+
+
+def test_a_closed_axis_keeps_the_heuristics_value() -> None:
+    own = space_of(16).gemm1[16]
+    assert {tile.PDL for tile in own.tiles} == {own.start.PDL} == {True}
+
+
+def test_no_pdl_where_the_gpu_has_none() -> None:
+    assert not any(t.PDL for _, _, own in spaces_of(space_of(1, device=TARGETS["cuda:80"])) for t in own.tiles)
+
+
+def test_indices_and_tile_are_inverse() -> None:
+    own = space_of(16).gemm2[16]
+    assert all(own.tile(own.indices(tile)) == tile for tile in own.tiles)
+
+
+def test_indices_that_are_illegal_together_are_no_config() -> None:
+    own = space_of(16).gemm2[16]
+    assert own.tile({field: len(values) - 1 for field, values in own.axes.items()}) is None
+
+
+def test_neighbours_differ_in_one_field_nearest_first() -> None:
+    own = space_of(16).gemm1[16]
+    tile = TileConfig(16, 64, 64, 1, False, True, num_warps=4, num_stages=4)
+    steps = []
+    for other in own.neighbours(tile):
+        moved = {f: abs(own.indices(other)[f] - own.indices(tile)[f]) for f in own.axes}
+        steps += [step for step in moved.values() if step]
+        assert other in own
+    assert steps == sorted(steps)
+    # One step: N, warps and stages both ways, K and SWAP_AB one. Two steps: stages both ways, N, K and warps one.
+    assert (steps.count(1), steps.count(2)) == (8, 5)
+
+
+def test_configs_of_elsewhere_are_not_in_the_space() -> None:
+    space = space_of(16)
+    assert replace(space.default, gemm1=replace(space.default.gemm1, BLOCK_SIZE_N=512)) not in space
+    far = [replace(tile, BLOCK_SIZE_M=128) for tile in (space.default.gemm1, space.default.gemm2)]
+    assert type(space.default)(*far) not in space
