@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from moegen.load import import_package
 from moegen.runtime.device import DeviceFacts, device_facts
 from moegen.runtime.layer import is_low_latency
 from moegen.runtime.tile import LayerTiles, TileConfig
-from moegen.tune.replay import OPS, Sweep, write_sweep
+from moegen.tune.replay import Sweep, write_sweep
+from moegen.tune.space import OPS, varied
 from moegen.tune.trial import Measurement
 
 GRAPH_US, MAX_CALLS, REPLAYS = 1000.0, 40, 8
@@ -51,10 +52,10 @@ class Cell:
         space = self.sweep.space
         for kind in space.kinds:
             start = space.start(kind)
-            for op in OPS:
+            for op in space.ops(kind):
                 own = getattr(space, op)[kind]
                 for tile in sorted(own.tiles, key=lambda tile: tile != own.start):
-                    yield op, tile, replace(start, **{op: tile})
+                    yield op, tile, varied(start, op, tile)
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ import torch
 import triton
 
 from .device import DeviceFacts
+from .heuristic import default_tiles
 from .layer import Layer, is_low_latency
-from .tile import LayerTiles, TileConfig, default_tiles, why_illegal
+from .tile import LayerTiles, TileConfig, why_illegal
 
 SCHEMA = 1
 # The standard token buckets of vLLM's and SGLang's files, continued by powers of two.
@@ -94,6 +95,8 @@ def _tiles(path: Path, key: str, entry: object, layer: Layer, device: DeviceFact
     if tiles["gemm1"].family != tiles["gemm2"].family:
         names = f"{tiles['gemm1'].family} and {tiles['gemm2'].family}"
         raise RecordError(f"{path}: buckets.{key}: family of gemm1 and gemm2 are {names}; allowed: one value")
+    if tiles["gemm1"].family == "stream" and (key != "1" or tiles["gemm1"] != tiles["gemm2"]):
+        raise RecordError(f"{path}: buckets.{key}: family=stream is for bucket 1, with one tile config for both GEMMs")
     return LayerTiles(tiles["gemm1"], tiles["gemm2"])
 
 
@@ -116,7 +119,8 @@ class Configs:
         """Tile configs of `layer` for `tokens` >= 1 tokens on `device`.
 
         A record answers for token counts within half an octave of one of its buckets, the nearest in log space; the
-        heuristic answers for the rest, by bucket, so that the kernels stay few.
+        heuristic answers for the rest, by bucket, so that the kernels stay few. With `portable` the heuristic answers
+        in any case, and with that family.
         """
         low_latency = is_low_latency(layer, tokens, expert_map)
         key = (layer.slug, tokens, low_latency, device, portable)
@@ -131,7 +135,8 @@ class Configs:
             bucket = bucket_of(tokens, tuple(sorted(record)))
             if max(bucket / tokens, tokens / bucket) <= math.sqrt(2):
                 return record[bucket]
-        return default_tiles(layer.gemm("gemm1"), layer.gemm("gemm2"), bucket_of(tokens), device, low_latency, portable)
+        gemms = layer.gemm("gemm1"), layer.gemm("gemm2")
+        return default_tiles(*gemms, bucket_of(tokens), device, low_latency, portable)
 
     def _record(self, layer: Layer, device: DeviceFacts) -> dict[int, LayerTiles]:
         key = (layer.slug, device)

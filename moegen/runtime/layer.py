@@ -13,6 +13,7 @@ from .kernel_parts import pdl_option
 from .quant import Scheme
 from .quantise import Activations, Slots, quantise
 from .reduce import reduce_launch_key, top_k_reduce
+from .stream import run_stream
 from .tile import Gemm, LayerTiles, TileConfig
 from .tma import run_tma
 from .weight import Weight
@@ -100,6 +101,8 @@ def is_low_latency(layer: Layer, tokens: int, expert_map: torch.Tensor | None) -
 
 def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> tuple[object, ...]:
     """Equal for two token counts iff they run the same compiled kernels."""
+    if tiles.gemm1.family == "stream":
+        return (tiles,)
     reduce_key = reduce_launch_key(tokens, layer.hidden_size, layer.dtype.itemsize)
     if is_low_latency(layer, tokens, expert_map) and tiles.gemm1.family != "tma":
         return tiles, reduce_key, None
@@ -113,6 +116,9 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     All memory comes from torch's caching allocator within the call: reused from call to call, and safe on every
     stream and in CUDA graphs.
     """
+    if tiles.gemm1.family == "stream":
+        run_stream(layer, call, tiles.gemm1)
+        return
     if tiles.gemm1.family == "tma":
         run_tma(layer, call, tiles, _align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map))
         return

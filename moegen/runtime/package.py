@@ -96,11 +96,12 @@ class Package:
 
     def _run(self, layer: Layer, call: Call) -> None:
         tokens = call.hidden_states.shape[0]
-        device = device_facts(torch.cuda.current_device())
+        index = torch.cuda.current_device()
+        device = device_facts(index)
         tiles = self._configs.tiles(layer, tokens, call.expert_map, device)
-        if tiles.gemm1.family == "tma" and not readable_by_tma(call):
+        if tiles.gemm1.family != "portable" and not readable_by_tma(call):
             tiles = self._configs.tiles(layer, tokens, call.expert_map, device, portable=True)
-        key = (layer.slug, tokens, device, *_variant(call))
+        key = (layer.slug, tokens, index, tiles.gemm1.family, *_variant(call))
         if key in self._seen:
             run(layer, call, tiles)
             return

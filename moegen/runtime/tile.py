@@ -1,11 +1,14 @@
-"""TileConfig, its legality and the heuristic default: the only ones, shared by dispatcher, tuner and validator."""
+"""TileConfig and its legality: the only ones, shared by dispatcher, tuner and validator."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 from .device import DeviceFacts
 
-# Each name is that of a template family. "tma" is for 8-bit weights and activations on compute capability 9.0.
-FAMILIES = ("portable", "tma")
+# "portable" and "tma" are families of templates; "tma" is for 8-bit weights and activations on compute capability 9.0.
+# "stream" is for one token and 16-bit weights there: one kernel for the whole layer (runtime/stream_kernel.py).
+FAMILIES = ("portable", "tma", "stream")
+STREAM_ROW_STAGES = 8  # chunks of activations that it loads ahead
+_STREAM_THREAD_VALUES = 8  # of a weight row, 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,9 @@ class TileConfig:
     SWAP_AB        compute weight · tokensᵀ, so that the weight rows fill the M side of the tensor-core instruction
     PDL            programmatic dependent launch: start before the previous kernel has ended (gemm1's holds for the
                    assignment and the quantisation, gemm2's for the reduce)
+
+    Family "stream" has one config for both GEMMs: its tiles are BLOCK_SIZE_N weight rows by BLOCK_SIZE_K steps, and
+    num_stages of them make its ring.
     """
 
     BLOCK_SIZE_M: int
@@ -118,6 +124,8 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
         return f"PDL needs compute capability 9.0 or newer, not {device.backend} {device.arch}"
     if tile.family not in FAMILIES:
         return f"family={tile.family} is unknown; known: {', '.join(FAMILIES)}"
+    if tile.family == "stream":
+        return why_illegal_stream(tile, gemm, device)
     if tile.BLOCK_SIZE_M == 8 and not (tile.SWAP_AB and device.backend == "cuda"):
         return "BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU: tokens on the tensor core's side that may be 8 wide"
     smallest = {"BLOCK_SIZE_M": 8, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
@@ -140,6 +148,32 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     accumulators = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
     if accumulators > 256:
         return f"{accumulators} accumulators per thread do not fit into 255 registers"
+    needed = shared_memory(tile, gemm)
+    if needed > device.shared_memory:
+        return f"{needed} bytes of shared memory exceed the {device.shared_memory} of {device.name}"
+    return None
+
+
+def why_illegal_stream(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
+    """What `why_illegal` says of the family "stream"."""
+    if not device.has_wgmma:
+        return f"family=stream needs compute capability 9.0, not {device.backend} {device.arch}"
+    if (gemm.a_bits, gemm.w_bits) != (16, 16):
+        return f"family=stream is for 16-bit weights and activations, not {gemm.w_bits} and {gemm.a_bits} bits"
+    if gemm.depth % _STREAM_THREAD_VALUES:
+        return f"rows of {gemm.depth} values are not the multiple of 16 bytes that TMA needs"
+    if tile.BLOCK_SIZE_M != 1:
+        return f"BLOCK_SIZE_M={tile.BLOCK_SIZE_M} is not the 1 token of family=stream"
+    if tile.SWAP_AB or tile.GROUP_SIZE_M != 1:
+        return "SWAP_AB and GROUP_SIZE_M are not for family=stream"
+    if tile.num_warps not in (4, 8):
+        return f"num_warps={tile.num_warps} is not 4 or 8"
+    if not 2 * tile.num_warps <= tile.BLOCK_SIZE_N <= 64:
+        return f"BLOCK_SIZE_N={tile.BLOCK_SIZE_N} is outside {2 * tile.num_warps}..64"
+    if tile.BLOCK_SIZE_K not in (256, 512):
+        return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} is not 256 or 512"
+    if not 2 <= tile.num_stages <= 32:
+        return f"num_stages={tile.num_stages} is outside 2..32"
     needed = shared_memory(tile, gemm)
     if needed > device.shared_memory:
         return f"{needed} bytes of shared memory exceed the {device.shared_memory} of {device.name}"
@@ -180,6 +214,8 @@ def flattens(gemm: Gemm) -> bool:
 
 def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
     """Bytes of shared memory that the pipelined operand tiles take: an upper bound (mma.sync drops one stage)."""
+    if tile.family == "stream":  # with the chunks of activations, and 2 kB for barriers and reductions
+        return (tile.num_stages * tile.BLOCK_SIZE_N + STREAM_ROW_STAGES) * tile.BLOCK_SIZE_K * 2 + 2048
     bits = tile.BLOCK_SIZE_M * gemm.a_bits + tile.BLOCK_SIZE_N * gemm.w_bits
     operands = bits * tile.BLOCK_SIZE_K * tile.num_stages // 8
     if tile.family == "tma":
@@ -189,144 +225,3 @@ def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
         operands += tile.BLOCK_SIZE_N * tile.BLOCK_SIZE_K * gemm.a_bits // 8
     epilogue = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N * 4 // (2 if gemm.gated else 1)
     return max(operands, epilogue)
-
-
-def default_tiles(
-    gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool, portable: bool = False
-) -> LayerTiles:
-    """The heuristic: tile configs for `tokens` tokens when no tuned record covers them.
-
-    From sweeps on an H200 (docs/performance.md); on GPUs without wgmma it is the shape of vLLM's defaults. portable:
-    of the portable family whatever is faster.
-    """
-    special = None if portable else _special_tiles(gemm1, gemm2, tokens, device)
-    return special or _portable_tiles(gemm1, gemm2, tokens, device, low_latency)
-
-
-def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> LayerTiles | None:
-    """Those of a family that is faster than the portable one for `tokens` tokens, if there is one.
-
-    With block scales "tma" gains 7 to 45 %, from few slots an expert on where the reduction of gemm2 is short; scales
-    that come after the loop leave it nothing to gain (docs/performance.md).
-    """
-    mean, short = mean_slots(gemm1, tokens), gemm2.depth < 512
-    if gemm1.group_k and mean >= (256 if short else 128):
-        return family_tiles("tma", gemm1, gemm2, 128, device)
-    if gemm1.group_k and short and mean >= 32:
-        return family_tiles("tma", gemm1, gemm2, 64, device)
-    return None
-
-
-def family_tiles(family: str, gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles | None:
-    """The heuristic's tile configs of a family other than the portable one, or None where that does not serve."""
-    tiles = _FAMILY_TILES[family](block_m)
-    if any(why_illegal(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)):
-        return None
-    return LayerTiles(*tiles)
-
-
-def _tma_tiles(block_m: int) -> tuple[TileConfig, TileConfig]:
-    if block_m == 128:
-        wide = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="tma")
-        return wide, wide
-    high = TileConfig(block_m, 256, 128, 16, PDL=True, num_warps=4, num_stages=2, family="tma")
-    return high, replace(high, BLOCK_SIZE_N=128, num_stages=3)
-
-
-_FAMILY_TILES = {"tma": _tma_tiles}
-
-
-def mean_slots(gemm: Gemm, tokens: int) -> float:
-    """Mean slots per expert that has any, under balanced routing."""
-    slots = tokens * gemm.top_k
-    return slots / min(slots, gemm.num_experts)
-
-
-def _portable_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerTiles:
-    slots = tokens * gemm1.top_k
-    least = 8 if (gemm1.is_decoded or gemm1.is_w8a8) and device.has_wgmma else 16
-    block_m = least if low_latency else _block_m(mean_slots(gemm1, tokens), least)
-    if gemm1.is_w8a8 and gemm1.group_k:
-        block_m = min(block_m, 64)  # scaling at every step holds twice the accumulators
-    pick = _default_float32_tile if gemm1.is_float32 else _default_tile
-    tiles = [pick(gemm, block_m, slots if low_latency else 0, device) for gemm in (gemm1, gemm2)]
-    return LayerTiles(*(_fitted(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)))
-
-
-# Of the low-latency assignment all slots walk together, so that those of one expert read its weights from L2.
-_ALL_SLOTS = 128
-
-
-def _block_m(mean: float, least: int) -> int:
-    """Twice the mean slots per active expert, rounded up to a power of two within least..128."""
-    for block in (8, 16, 32, 64):
-        if least <= block >= 2 * mean:
-            return block
-    return 128
-
-
-def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
-    big = device.shared_memory >= 160 * 1024
-    deep = 128 // min(gemm.a_bits, 16) * 8  # 128 bytes of activations
-    if gemm.is_w8a8 and gemm.group_k:
-        deep = min(deep, gemm.group_k)
-    if block_m == 128:
-        wide = 256 if big and gemm.w_bits >= gemm.a_bits else 128
-        stages = 4 if device.has_wgmma and gemm.w_bits == 16 else 3
-        return TileConfig(128, wide, deep, 16, num_warps=8, num_stages=stages)
-    if block_m == 64:
-        return TileConfig(64, 128, deep, 8, num_warps=4, num_stages=3)
-    if not device.has_wgmma:
-        depth = deep if gemm.is_w8a8 else 128 if big else 64
-        return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
-    if gemm.is_decoded and block_m <= 16:
-        return _decoded_tile(gemm, block_m, lone_slots, device)
-    if gemm.is_decoded and not gemm.zero_points:
-        return TileConfig(block_m, 128, 128, 1, SWAP_AB=True, num_warps=4, num_stages=3)
-    if gemm.is_w8a8 and block_m <= 16:
-        return _narrow_tile(gemm, block_m, deep, lone_slots, device)
-    if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
-        # More programs than two a multiprocessor: small tiles let many of them share one.
-        return TileConfig(16, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=3)
-    depth = deep if gemm.is_w8a8 else 128
-    stages = 4 if lone_slots or gemm.depth >= 4096 else 3
-    group = _ALL_SLOTS if lone_slots else 1
-    return TileConfig(block_m, 64, depth, group, SWAP_AB=True, num_warps=4, num_stages=stages)
-
-
-def _decoded_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
-    """Few tokens, weights decoded in registers: two warps share the rows, and each decodes only what it multiplies.
-
-    Four would get wgmma, for which decoded weights pass through shared memory.
-    """
-    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
-        wide, deep = 32, 256
-    else:
-        shallow = gemm.zero_points or block_m == 16 or (lone_slots and gemm.w_bits == 8)
-        wide, deep = 64, 128 if shallow else 256
-    group = _ALL_SLOTS if lone_slots else 1
-    return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=3)
-
-
-def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
-    """Few tokens, 8-bit operands: mma.sync, whose token side is 8 wide (Triton's wgmma has 16), half as many rows where
-    there are few programs.
-    """
-    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
-        return TileConfig(block_m, 32, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=2, num_stages=4)
-    if lone_slots:
-        return TileConfig(block_m, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=4)
-    return TileConfig(block_m, 64 if block_m == 8 else 128, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
-
-
-def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001
-    """Exact float32 products have no tensor cores: small tiles, since every operand goes through registers."""
-    return TileConfig(min(block_m, 64), 64, 32, 8, num_warps=4, num_stages=2)
-
-
-def _fitted(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> TileConfig:
-    """The same tile with what the device has: PDL, and as many stages as the shared memory holds."""
-    tile = replace(tile, PDL=device.has_pdl)
-    while tile.num_stages > 1 and shared_memory(tile, gemm) > device.shared_memory:
-        tile = replace(tile, num_stages=tile.num_stages - 1)
-    return tile

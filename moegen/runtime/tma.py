@@ -30,13 +30,23 @@ _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.f
 
 
 def readable_by_tma(call: "Call") -> bool:
-    """Whether address and strides of the weights are as a descriptor needs them."""
-    return all(
-        w.values.data_ptr() % _ALIGNMENT == 0
-        and w.values.stride(2) == 1
-        and all(stride * w.values.element_size() % _ALIGNMENT == 0 for stride in w.values.stride()[:2])
-        for w in (call.w13, call.w2)
+    """Whether the addresses of weights and tokens, and the strides of weights, are as descriptors need them.
+
+    Tokens are read so by the family "stream" alone, which has one of them, hence no stride.
+    """
+    weights = (call.w13.values, call.w2.values)
+    return all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in (*weights, call.hidden_states)) and all(
+        w.stride(2) == 1 and all(stride * w.element_size() % _ALIGNMENT == 0 for stride in w.stride()[:2])
+        for w in weights
     )
+
+
+def descriptor_base(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What a descriptor of `w` shows: `w`, or for the warm-up's weights, which have no memory, some on the GPU of `x`.
+
+    Nothing reads it then.
+    """
+    return torch.empty(_ALIGNMENT, dtype=w.dtype, device=x.device) if w.is_meta and x.is_cuda else w
 
 
 def programs_at_once(tile: TileConfig, gemm: Gemm) -> int:
@@ -140,9 +150,7 @@ def _weights(w: torch.Tensor, gemm: Gemm, tile: TileConfig, x: torch.Tensor) -> 
         block = [1, 1, tile.BLOCK_SIZE_N // 2, tile.BLOCK_SIZE_K]
     else:
         block = [1, sides, tile.BLOCK_SIZE_N // sides, tile.BLOCK_SIZE_K]
-    if w.is_meta and x.is_cuda:  # the warm-up's weights have no memory: nothing reads this
-        w = torch.empty(_ALIGNMENT, dtype=w.dtype, device=x.device)
-    return TensorDescriptor(w, shape, strides, block)
+    return TensorDescriptor(descriptor_base(w, x), shape, strides, block)
 
 
 def _descriptor(values: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:

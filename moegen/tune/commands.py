@@ -18,7 +18,7 @@ from moegen.tune import journal_of, quiet_reader
 
 if TYPE_CHECKING:
     from moegen.runtime.device import DeviceFacts
-    from moegen.runtime.tile import TileConfig
+    from moegen.runtime.tile import LayerTiles, TileConfig
     from moegen.tune.record import Record
 
 EXIT_OK, EXIT_INVALID, EXIT_STALE = 0, 3, 5
@@ -158,7 +158,7 @@ def _exported(args: argparse.Namespace, record: "Record", journal: str) -> dict[
     own = {tokens: bucket for tokens, bucket in record.buckets.items() if not bucket.source}
     if not own:
         raise FileError(f"{record.name}: nothing to export, every bucket was imported")
-    tiles = {tokens: offered(bucket.tiles, record.variant, record.gpu) for tokens, bucket in own.items()}
+    tiles = {tokens: offered(_portable(record, journal, tokens), record.variant, record.gpu) for tokens in own}
     versions = {tokens: bucket.triton for tokens, bucket in own.items()}
     if args.format == "sglang":
         return sglang.export(record.variant, record.gpu.name, tiles, versions)
@@ -175,15 +175,38 @@ def _exported(args: argparse.Namespace, record: "Record", journal: str) -> dict[
     return vllm.export(record.variant, record.gpu.name, tiles, versions, common)
 
 
+def _portable(record: "Record", journal: str, tokens: int) -> "LayerTiles":
+    """What others have kernels for: the bucket's own pair, else the fastest measured one or the heuristic's."""
+    from moegen.runtime.heuristic import default_tiles
+    from moegen.runtime.layer import is_low_latency
+    from moegen.tune.record import layer_of
+
+    if record.buckets[tokens].tiles.gemm1.family == "portable":
+        return record.buckets[tokens].tiles
+    times = [(us, pair) for us, pair in _times(record, journal, tokens) if pair.gemm1.family == "portable"]
+    if times:
+        return min(times, key=lambda time: time[0])[1]
+    layer = layer_of(record.variant)
+    gemms, low_latency = (layer.gemm("gemm1"), layer.gemm("gemm2")), is_low_latency(layer, tokens, None)
+    return default_tiles(*gemms, tokens, record.gpu, low_latency, portable=True)
+
+
+def _times(record: "Record", journal: str, tokens: int) -> "list[tuple[float, LayerTiles]]":
+    """µs and pair of all that the journal has of a bucket, if there is a journal."""
+    from moegen.tune.session import measured
+
+    if "://" not in journal and not Path(journal).is_file():
+        return []
+    return [(found.us, pair) for pair, found in measured(journal, record, tokens) if found.us]
+
+
 def _best_common(record: "Record", journal: str, tokens: int) -> "TileConfig | None":
     """The fastest tile config that was measured for both GEMMs at once, if the journal is there and has one."""
     from moegen.interop import vllm
     from moegen.interop.table import offered
-    from moegen.tune.session import measured
 
-    if "://" not in journal and not Path(journal).is_file():
-        return None
-    times = [(found.us, pair) for pair, found in measured(journal, record, tokens) if found.us and vllm.alike(pair)]
+    alike = [(us, pair) for us, pair in _times(record, journal, tokens) if vllm.alike(pair)]
+    times = [(us, pair) for us, pair in alike if pair.gemm1.family == "portable"]
     return offered(min(times, key=lambda time: time[0])[1], record.variant, record.gpu).gemm1 if times else None
 
 

@@ -65,6 +65,8 @@ def jobs_of(folder: Path, slug: str, device: DeviceFacts, tokens: int, tiles: La
     def job(op: str, first: TileConfig, second: TileConfig) -> Job:
         return Job(folder, slug, device, tokens, op, LayerTiles(first, second))
 
+    if tiles.gemm1.family == "stream":  # one kernel, which is neither GEMM's own
+        return [job("others", tiles.gemm1, tiles.gemm1)]
     gemms = [job(op, tile, tile) for op, tile in zip(GEMMS, (tiles.gemm1, tiles.gemm2), strict=True)]
     plain = [TileConfig(t.BLOCK_SIZE_M, 64, 64, PDL=t.PDL, family=t.family) for t in (tiles.gemm1, tiles.gemm2)]
     return [job("others", *plain), *gemms]

@@ -38,7 +38,7 @@ STATES = {"ok": TrialState.COMPLETE, "slow": TrialState.PRUNED}  # of the others
 COMPARED = "compared"  # attribute of the trial that holds a comparison of finalists
 FLAGS = {field.name for field in fields(TileConfig) if field.type is bool}
 # One fixed range a field, whatever the space: Optuna refuses a study whose ranges change.
-_INTEGERS = {"num_warps": (1, 16), "num_stages": (1, 8)} | dict.fromkeys(sorted(FLAGS), (0, 1))
+_INTEGERS = {"num_warps": (1, 16), "num_stages": (1, 32)} | dict.fromkeys(sorted(FLAGS), (0, 1))
 DISTRIBUTIONS: dict[str, BaseDistribution] = {
     f"{op}.{field.name}": IntDistribution(*_INTEGERS.get(field.name, (1, 1024)))
     for op in OPS

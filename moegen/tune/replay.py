@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -18,10 +19,9 @@ from typing import Any, cast
 
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import Gemm, LayerTiles, TileConfig
-from moegen.tune.space import LayerSpace, kind_of, layer_space
+from moegen.tune.space import OPS, LayerSpace, kind_of, layer_space, varied
 from moegen.tune.trial import Measurement, Status
 
-OPS = ("gemm1", "gemm2")
 RACE = 1.5  # a config this many times slower than the best is dropped early, as on the GPU
 FIELDS = tuple(field.name for field in fields(TileConfig))
 
@@ -127,27 +127,27 @@ class Replay:
     def true(self, tokens: int, tiles: LayerTiles) -> Measurement:
         """The recorded time of this pair without noise."""
         sweep = self.sweeps[tokens]
-        start = sweep.space.start(kind_of(tiles))
-        starts = [sweep.results[op][getattr(start, op)] for op in OPS]
-        own = [sweep.results[op][getattr(tiles, op)] for op in OPS]
-        times = [found.us for found in (*starts, *own)]
+        kind = kind_of(tiles)
+        start, ops = sweep.space.start(kind), sweep.space.ops(kind)
+        starts = [sweep.results[op][getattr(start, op)] for op in ops]
+        own = [sweep.results[op][getattr(tiles, op)] for op in ops]
         for found in (*own, *starts):
             if found.us is None:
                 return found
-        us1, us2, own1, own2 = cast(list[float], times)
-        return Measurement("ok", own1 + own2 - (us1 + us2) / 2, max(found.spread for found in own))
+        us = sum(cast(float, found.us) for found in own)
+        us -= (len(ops) - 1) * statistics.mean(cast(float, found.us) for found in starts)
+        return Measurement("ok", us, max(found.spread for found in own))
 
     def optimum(self, tokens: int) -> tuple[LayerTiles, float]:
         """The best pair of a sweep and its time, µs."""
         sweep = self.sweeps[tokens]
         pairs = []
         for kind in sweep.space.kinds:
-            best = []
-            for op in OPS:
+            pair = sweep.space.start(kind)
+            for op in sweep.space.ops(kind):
                 times = {t: sweep.results[op][t].us for t in getattr(sweep.space, op)[kind].tiles}
                 timed = {tile: us for tile, us in times.items() if us is not None}
-                best += [min(timed, key=timed.__getitem__)] if timed else []
-            if len(best) == len(OPS):
-                pairs.append(LayerTiles(*best))
+                pair = varied(pair, op, min(timed, key=timed.__getitem__)) if timed else pair
+            pairs.append(pair)
         times_of = {pair: self.true(tokens, pair).us for pair in pairs}
         return min(((pair, us) for pair, us in times_of.items() if us is not None), key=lambda found: found[1])

@@ -13,14 +13,14 @@ own: after an interruption it is run again from the start, and the journal answe
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import Trial, TrialState, create_trial
 
 from moegen.runtime.tile import LayerTiles, TileConfig
-from moegen.tune.space import Kind, LayerSpace, Space, kind_of
+from moegen.tune.space import Kind, LayerSpace, Space, kind_of, varied
 from moegen.tune.trial import Measurement, Measurer, Status
 
 BATCH = 5  # configs of one GEMM that are asked for, and compiled, together
@@ -107,7 +107,7 @@ class _Run:
         self._space, self._measurer, self._budget, self._seed = space, measurer, budget, seed
         self._known: dict[LayerTiles, Measurement] = {}
         self._best: dict[Kind, LayerTiles] = {}
-        self._sides: dict[Kind, tuple[_Side, _Side]] = {}
+        self._sides: dict[Kind, dict[str, _Side]] = {}
 
     def begin(self, warm: Sequence[LayerTiles]) -> None:
         """Find a pair to start from of each kind: the heuristic's or a warm one, whichever is faster."""
@@ -117,9 +117,9 @@ class _Run:
                 first, second = (s[kind].neighbours(s[kind].start) for s in (self._space.gemm1, self._space.gemm2))
                 self._start([LayerTiles(*pair) for pair in itertools.islice(zip(first, second, strict=False), BATCH)])
         for kind, pair in self._best.items():
-            sides = (self._space.gemm1[kind], pair.gemm1), (self._space.gemm2[kind], pair.gemm2)
-            side1, side2 = (_Side(space, tile, self._seed) for space, tile in sides)
-            self._sides[kind] = side1, side2
+            self._sides[kind] = {
+                op: _Side(getattr(self._space, op)[kind], getattr(pair, op), self._seed) for op in self._space.ops(kind)
+            }
 
     def _start(self, pairs: Sequence[LayerTiles]) -> None:
         self._measurer.prefetch(self._space.tokens, pairs)
@@ -133,14 +133,14 @@ class _Run:
         """Measure batch after batch until the budget is spent; the next ones compile while one is measured."""
         waiting: deque[tuple[Kind, str, list[TileConfig]]] = deque()
         for turn in itertools.count():
-            if not any(side.left or side.sampled for sides in self._sides.values() for side in sides):
+            if not any(side.left or side.sampled for sides in self._sides.values() for side in sides.values()):
                 break
-            for kind, op in itertools.product(self._promising(turn), ("gemm1", "gemm2")):
+            for kind, op in [(each, op) for each in self._promising(turn) for op in self._space.ops(each)]:
                 if stop() or len(self._known) >= self._budget:
                     return
-                side = self._side(kind, op)
+                side = self._sides[kind][op]
                 batch = side.ask(BATCH)
-                soon = [replace(self._best[kind], **{op: tile}) for tile in batch + side.sampled]
+                soon = [varied(self._best[kind], op, tile) for tile in batch + side.sampled]
                 self._measurer.prefetch(self._space.tokens, soon)
                 waiting.append((kind, op, batch))
                 if len(waiting) > AHEAD:
@@ -176,10 +176,10 @@ class _Run:
         return [kind for kind in self._best if turn % (1 + int((self._us(kind) / best - 1) / HANDICAP)) == 0]
 
     def _measure_batch(self, kind: Kind, op: str, batch: Sequence[TileConfig]) -> None:
-        side = self._side(kind, op)
+        side = self._sides[kind][op]
         for tile in batch:
             best = self._best[kind]
-            pair = replace(best, **{op: tile})
+            pair = varied(best, op, tile)
             if len(self._known) >= self._budget and pair not in self._known:
                 return
             base = self._us(kind) - side.cost[getattr(best, op)]
@@ -198,9 +198,6 @@ class _Run:
         us = self._known[self._best[kind]].us
         assert us is not None  # noqa: S101 - only pairs with a time become the best
         return us
-
-    def _side(self, kind: Kind, op: str) -> "_Side":
-        return self._sides[kind][("gemm1", "gemm2").index(op)]
 
 
 class _Side:

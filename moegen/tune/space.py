@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from moegen.runtime.device import DeviceFacts
-from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, default_tiles, family_tiles, mean_slots, why_illegal
+from moegen.runtime.heuristic import default_tiles, family_tiles, mean_slots
+from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, why_illegal
 
 # Axis -> values in order, for each kernel family. The heuristic's own value joins an axis that does not have it.
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -31,7 +32,16 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4, 5),
     },
+    "stream": {
+        "BLOCK_SIZE_M": (1,),
+        "BLOCK_SIZE_N": (16, 32, 64),
+        "BLOCK_SIZE_K": (256, 512),
+        "PDL": (False, True),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4, 5, 6, 8, 12),
+    },
 }
+OPS = ("gemm1", "gemm2")
 LEAST_TMA = 16  # mean slots per expert from which the family tma is plausible
 LONG_RUNS = 64  # mean slots per expert above which M blocks of one expert follow each other and GROUP_SIZE_M counts
 SMALL_M, SWAPPED_M = 32, 64  # largest BLOCK_SIZE_M at which fewer warps than a warpgroup, and SWAP_AB, are plausible
@@ -97,6 +107,11 @@ def kind_of(tiles: LayerTiles) -> Kind:
     return Kind(tiles.gemm1.family, tiles.gemm1.BLOCK_SIZE_M)
 
 
+def varied(pair: LayerTiles, op: str, tile: TileConfig) -> LayerTiles:
+    """`pair` with another config for one GEMM; for both, where one kernel is the layer."""
+    return LayerTiles(tile, tile) if tile.family == "stream" else replace(pair, **{op: tile})
+
+
 @dataclass(frozen=True)
 class LayerSpace:
     """What may be tried for one layer at one token count: kind -> one Space a GEMM.
@@ -117,7 +132,17 @@ class LayerSpace:
     @property
     def size(self) -> int:
         """Number of tile configs of both GEMMs: what measuring all of each, one at a time, would take."""
-        return sum(len(space.tiles) for spaces in (self.gemm1, self.gemm2) for space in spaces.values())
+        return sum(1 for op in OPS for _ in self.tiles(op))
+
+    def ops(self, kind: Kind) -> tuple[str, ...]:
+        """The GEMMs that have a tile config of their own: where one kernel is the layer, gemm1's is that of both."""
+        return OPS[:1] if kind.family == "stream" else OPS
+
+    def tiles(self, op: str) -> Iterator[TileConfig]:
+        """Every config of one GEMM, kind by kind."""
+        for kind, own in getattr(self, op).items():
+            if op in self.ops(kind):
+                yield from own.tiles
 
     def start(self, kind: Kind) -> LayerTiles:
         """The heuristic's tile configs of this kind."""
@@ -125,7 +150,9 @@ class LayerSpace:
 
     def __contains__(self, tiles: LayerTiles) -> bool:
         kind = kind_of(tiles)
-        return kind in self.gemm1 and tiles.gemm1 in self.gemm1[kind] and tiles.gemm2 in self.gemm2[kind]
+        if kind not in self.gemm1 or (len(self.ops(kind)) == 1 and tiles.gemm1 != tiles.gemm2):
+            return False
+        return tiles.gemm1 in self.gemm1[kind] and tiles.gemm2 in self.gemm2[kind]
 
 
 def layer_space(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerSpace:
@@ -156,9 +183,8 @@ def _portable_starts(
     Alone on its M block (low latency), a slot needs no other than the heuristic's.
     """
     best, mean = default_tiles(gemm1, gemm2, tokens, device, low_latency, portable=True), mean_slots(gemm1, tokens)
-    least = default_tiles(
-        gemm1, gemm2, 1, device, True, portable=True
-    ).gemm1.BLOCK_SIZE_M  # it never takes a smaller one
+    # The heuristic never takes a smaller one.
+    least = default_tiles(gemm1, gemm2, 1, device, True, portable=True).gemm1.BLOCK_SIZE_M
     preferred, found = best.gemm1.BLOCK_SIZE_M, {}
     for size in AXES["portable"]["BLOCK_SIZE_M"]:
         near = max(least, preferred // 2) <= size <= 2 * preferred and (2 * size >= mean or size >= 64)

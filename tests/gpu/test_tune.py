@@ -17,7 +17,8 @@ import torch
 from moegen.emit import emit
 from moegen.load import import_package
 from moegen.plan import make_plan
-from moegen.runtime.tile import LayerTiles, TileConfig, default_tiles, why_illegal
+from moegen.runtime.heuristic import default_tiles
+from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal
 from moegen.tune.client import GpuMeasurer
 from moegen.tune.compile_pool import CompilePool
 from moegen.tune.trial import Measurement
@@ -65,7 +66,7 @@ def show(text: str) -> None:
 def default_of(folder: Path, gpu: GpuMeasurer, tokens: int) -> LayerTiles:
     (layer,) = import_package(folder).LAYERS
     low_latency = tokens * layer.top_k * 4 <= layer.num_experts
-    return default_tiles(layer.gemm("gemm1"), layer.gemm("gemm2"), tokens, gpu.device, low_latency)
+    return default_tiles(layer.gemm("gemm1"), layer.gemm("gemm2"), tokens, gpu.device, low_latency, portable=True)
 
 
 def pairs_of(folder: Path, gpu: GpuMeasurer, tokens: int) -> list[LayerTiles]:

@@ -6,7 +6,8 @@ from dataclasses import astuple
 
 from moegen.device import target_facts
 from moegen.runtime.tile import Gemm, TileConfig
-from moegen.tune.replay import OPS, Sweep
+from moegen.tune.replay import Sweep
+from moegen.tune.space import OPS
 from moegen.tune.trial import Measurement, Status
 
 DEVICE = target_facts("cuda:90")

@@ -147,7 +147,7 @@ def test_run_takes_the_shortcut(
     call = _call(package, arguments)
     assert runtime.layer.is_low_latency(layer, tokens, call.expert_map) is low_latency
     configs, device = package._dispatch._PACKAGE._configs, runtime.device.DeviceFacts(*H200)
-    tiles = configs.tiles(layer, tokens, call.expert_map, device)
+    tiles = configs.tiles(layer, tokens, call.expert_map, device, portable=True)
     runtime.layer.run(layer, call, tiles)
     assert len(record.aligned) == (0 if low_latency else 1)
     for gemm in record.gemms:

@@ -15,9 +15,10 @@ import triton
 from moegen.device import TARGETS
 from moegen.runtime.activations import Activation
 from moegen.runtime.configs import BUCKETS, ENV_CONFIG_DIR, Configs, RecordError, bucket_of, layer_facts, read_record
+from moegen.runtime.heuristic import default_tiles
 from moegen.runtime.layer import Layer
 from moegen.runtime.quant import Scheme
-from moegen.runtime.tile import LayerTiles, TileConfig, default_tiles
+from moegen.runtime.tile import LayerTiles, TileConfig
 
 H200 = TARGETS["cuda:90"]
 LAYER = Layer(
@@ -36,6 +37,7 @@ LAYER = Layer(
 # No heuristic answer looks like these.
 TILE = {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 5, "num_warps": 2, "num_stages": 2}
 OTHER = {**TILE, "GROUP_SIZE_M": 7}
+STREAM = {"BLOCK_SIZE_M": 1, "BLOCK_SIZE_N": 16, "BLOCK_SIZE_K": 512, "num_stages": 5, "family": "stream"}
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -60,9 +62,9 @@ def tiles(data: dict[str, Any]) -> LayerTiles:
     return LayerTiles(TileConfig.from_dict(data), TileConfig.from_dict(data))
 
 
-def heuristic(tokens: int) -> LayerTiles:
+def heuristic(tokens: int, portable: bool = False) -> LayerTiles:
     low_latency = tokens * 8 * 4 <= 128
-    return default_tiles(LAYER.gemm("gemm1"), LAYER.gemm("gemm2"), bucket_of(tokens), H200, low_latency)
+    return default_tiles(LAYER.gemm("gemm1"), LAYER.gemm("gemm2"), bucket_of(tokens), H200, low_latency, portable)
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +222,14 @@ REFUSED: dict[str, tuple[object, tuple[str, ...]]] = {
         change(BLOCK_SIZE_N=256, BLOCK_SIZE_K=256, num_stages=8, num_warps=8),
         ("buckets.16.gemm2", "shared memory"),
     ),
+    "half a stream": (
+        record(buckets={"1": {"gemm1": {**STREAM, "num_stages": 4}, "gemm2": STREAM}}),
+        ("buckets.1", "family=stream is for bucket 1", "one tile config for both GEMMs"),
+    ),
+    "stream of two tokens": (
+        record(buckets={"2": {"gemm1": STREAM, "gemm2": STREAM}}),
+        ("buckets.2", "family=stream is for bucket 1"),
+    ),
     "different BLOCK_SIZE_M": (change(BLOCK_SIZE_M=64), ("buckets.16", "BLOCK_SIZE_M", "32 and 64", "one value")),
 }
 
@@ -239,6 +249,22 @@ def test_refused(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert Configs(tmp_path).tiles(LAYER, 16, None, H200) == heuristic(16)
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert message in warning
+
+
+def test_stream_serves_one_token(tmp_path: Path) -> None:
+    write(tmp_path, record(buckets={"1": {"gemm1": STREAM, "gemm2": STREAM}}))
+    configs = Configs(tmp_path)
+    assert configs.tiles(LAYER, 1, None, H200) == tiles(STREAM)
+    assert configs.tiles(LAYER, 2, None, H200) == heuristic(2)
+
+
+@pytest.mark.parametrize("with_record", [False, True])
+def test_a_portable_answer_is_always_there(with_record: bool, tmp_path: Path) -> None:
+    if with_record:
+        write(tmp_path, record(buckets={"1": {"gemm1": STREAM, "gemm2": STREAM}}))
+    found = Configs(tmp_path).tiles(LAYER, 1, None, H200, portable=True)
+    assert found == heuristic(1, portable=True)
+    assert (found.gemm1.family, found.gemm2.family) == ("portable", "portable")
 
 
 def test_folder_in_place_of_a_record(tmp_path: Path) -> None:

@@ -475,6 +475,17 @@ def test_export_sglang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_family_of_moegens_own_is_replaced(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody else has its kernels: without a journal, the heuristic's tile config of the portable family."""
+    tile = TileConfig(1, 16, 512, PDL=True, num_stages=6, family="stream")
+    write_record(tmp_path / "in" / record().name, record(1, tiles=LayerTiles(tile, tile)))
+    assert run(capsys, "export", tmp_path / "in", "--format", engine, "-o", tmp_path / "out")[0] == 0
+    for file in (tmp_path / "out").rglob("*.json"):
+        exported = json.loads(file.read_text())["1"]
+        assert (exported["BLOCK_SIZE_M"], exported["BLOCK_SIZE_K"]) == (16, 128)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_there_and_back(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Export, import into a fresh package, and the dispatcher has the six fields that all three know."""
     write_record(tmp_path / "in" / record().name, record(1, 64, tiles=LayerTiles(TILES.gemm1, TILES.gemm1)))

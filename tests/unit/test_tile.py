@@ -10,7 +10,8 @@ from moegen.device import TARGETS
 from moegen.models import load_models
 from moegen.runtime.configs import BUCKETS
 from moegen.runtime.device import DeviceFacts
-from moegen.runtime.tile import FAMILIES, Gemm, TileConfig, default_tiles, shared_memory, why_illegal
+from moegen.runtime.heuristic import default_tiles
+from moegen.runtime.tile import FAMILIES, Gemm, TileConfig, shared_memory, why_illegal
 from moegen.spec import Parallel
 
 H200 = TARGETS["cuda:90"]
@@ -35,7 +36,7 @@ ILLEGAL: list[tuple[dict[str, Any], str]] = [
     ({"BLOCK_SIZE_N": 1}, "BLOCK_SIZE_N=1 is outside"),
     ({"BLOCK_SIZE_M": 4}, "BLOCK_SIZE_M=4 is outside 8..512"),
     ({"BLOCK_SIZE_M": 8}, "BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU"),
-    ({"family": "warp"}, "family=warp is unknown; known: portable, tma"),
+    ({"family": "warp"}, "family=warp is unknown; known: portable, tma, stream"),
     ({"BLOCK_SIZE_M": 256, "BLOCK_SIZE_N": 256}, "512 accumulators per thread"),
     ({"BLOCK_SIZE_K": 256, "num_stages": 4}, "bytes of shared memory exceed the 232448 of NVIDIA H200"),
 ]
@@ -87,7 +88,7 @@ REFUSED: list[tuple[object, str]] = [
     ({**PLAIN, "num_warps": [4]}, r"here.num_warps: \[4\] is not allowed; allowed: int"),
     ({**PLAIN, "num_stages": {"a": 1}}, "here.num_stages: .* is not allowed; allowed: int"),
     ({**PLAIN, "SWAP_AB": 1}, "here.SWAP_AB: 1 is not allowed; allowed: bool"),
-    ({**PLAIN, "family": "warp"}, "here.family: 'warp' is not allowed; allowed: portable or tma"),
+    ({**PLAIN, "family": "warp"}, "here.family: 'warp' is not allowed; allowed: portable or tma or stream"),
     ({**PLAIN, "family": ["portable"]}, "here.family: .* is not allowed; allowed: portable"),
     ({**PLAIN, "family": 1}, "here.family: 1 is not allowed; allowed: portable"),
 ]

@@ -15,7 +15,8 @@ from moegen.aot import Compiled
 from moegen.emit import emit
 from moegen.load import import_package
 from moegen.plan import make_plan
-from moegen.runtime.tile import LayerTiles, TileConfig, default_tiles
+from moegen.runtime.heuristic import default_tiles
+from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.child import Child
 from moegen.tune.compile_pool import CompilePool, Job, failure_of, jobs_of
 from tests.support.packages import spec_of
@@ -162,7 +163,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(
     with CompilePool(1) as pool:
         for tokens in (1, 3, 64):  # low latency, unaligned parts of the assignment, aligned ones
             gemms = layer.gemm("gemm1"), layer.gemm("gemm2")
-            tiles = default_tiles(*gemms, tokens, H200, tokens == 1)
+            tiles = default_tiles(*gemms, tokens, H200, tokens == 1, portable=True)
             results = [pool.submit(job).result(60) for job in jobs_of(folder, layer.slug, H200, tokens, tiles)]
             assert [result.failure for result in results] == [None] * 3
             assert {"gemm1", "gemm2"} <= {kernel.kernel for result in results for kernel in result.kernels}

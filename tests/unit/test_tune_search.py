@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from moegen.runtime.tile import LayerTiles
-from moegen.tune.replay import OPS, Replay, Sweep
+from moegen.tune.replay import Replay, Sweep
 from moegen.tune.search import BATCH, EFFORTS, EXHAUSTED, Found, NothingRuns, search
-from moegen.tune.space import Kind, LayerSpace
+from moegen.tune.space import OPS, Kind, LayerSpace
 from moegen.tune.trial import Measurement
 from tests.support.made_up import made_up_sweep
 

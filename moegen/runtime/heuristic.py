@@ -1,0 +1,162 @@
+"""The heuristic: tile configs for what no tuned record covers; shared by dispatcher and tuner."""
+
+from dataclasses import replace
+
+from .device import DeviceFacts
+from .tile import Gemm, LayerTiles, TileConfig, shared_memory, why_illegal
+
+
+def default_tiles(
+    gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool, portable: bool = False
+) -> LayerTiles:
+    """The heuristic: tile configs for `tokens` tokens when no tuned record covers them.
+
+    From sweeps on an H200 (docs/performance.md); on GPUs without wgmma it is the shape of vLLM's defaults. portable:
+    of the portable family whatever is faster.
+    """
+    special = None if portable else _special_tiles(gemm1, gemm2, tokens, device)
+    return special or _portable_tiles(gemm1, gemm2, tokens, device, low_latency)
+
+
+def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> LayerTiles | None:
+    """Those of a family that is faster than the portable one for `tokens` tokens, if there is one.
+
+    "stream" gains 7 to 30 % at one token. With block scales "tma" gains 7 to 45 %, from few slots an expert on where
+    the reduction of gemm2 is short; scales that come after the loop leave it nothing to gain (docs/performance.md).
+    """
+    if tokens == 1:
+        return family_tiles("stream", gemm1, gemm2, 1, device)
+    mean, short = mean_slots(gemm1, tokens), gemm2.depth < 512
+    if gemm1.group_k and mean >= (256 if short else 128):
+        return family_tiles("tma", gemm1, gemm2, 128, device)
+    if gemm1.group_k and short and mean >= 32:
+        return family_tiles("tma", gemm1, gemm2, 64, device)
+    return None
+
+
+def family_tiles(family: str, gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles | None:
+    """The heuristic's tile configs of a family other than the portable one, or None where that does not serve."""
+    tiles = _FAMILY_TILES[family](gemm1, gemm2, block_m, device)
+    illegal = why_illegal(tiles.gemm1, gemm1, device) or why_illegal(tiles.gemm2, gemm2, device)
+    return None if illegal else tiles
+
+
+def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:
+    """Low tiles, for even shares, unless a block has many or rows of w2 do not fill them.
+
+    The fastest of up to nine for each of Qwen3-30B-A3B, Qwen3-Next, DeepSeek-V3 TP8 and gpt-oss-120b on an H200
+    (docs/performance.md).
+    """
+    if gemm2.depth < 512 or gemm1.top_k * gemm1.rows >= 32 * 4 * device.num_sms:
+        tile = TileConfig(block_m, 32, 256, PDL=device.has_pdl, num_warps=8, num_stages=6, family="stream")
+    else:
+        tile = TileConfig(block_m, 16, 512, PDL=device.has_pdl, num_warps=4, num_stages=6, family="stream")
+    return LayerTiles(tile, tile)
+
+
+def _tma_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:  # noqa: ARG001
+    """The fastest pairs of Qwen3-30B-A3B and DeepSeek-V3 (TP8, EP8) with block scales (docs/performance.md)."""
+    if block_m == 128:
+        wide = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="tma")
+        return LayerTiles(wide, wide)
+    high = TileConfig(block_m, 256, 128, 16, PDL=True, num_warps=4, num_stages=2, family="tma")
+    return LayerTiles(high, replace(high, BLOCK_SIZE_N=128, num_stages=3))
+
+
+_FAMILY_TILES = {"stream": _stream_tiles, "tma": _tma_tiles}
+
+
+def mean_slots(gemm: Gemm, tokens: int) -> float:
+    """Mean slots per expert that has any, under balanced routing."""
+    slots = tokens * gemm.top_k
+    return slots / min(slots, gemm.num_experts)
+
+
+def _portable_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerTiles:
+    slots = tokens * gemm1.top_k
+    least = 8 if (gemm1.is_decoded or gemm1.is_w8a8) and device.has_wgmma else 16
+    block_m = least if low_latency else _block_m(mean_slots(gemm1, tokens), least)
+    if gemm1.is_w8a8 and gemm1.group_k:
+        block_m = min(block_m, 64)  # scaling at every step holds twice the accumulators
+    pick = _default_float32_tile if gemm1.is_float32 else _default_tile
+    tiles = [pick(gemm, block_m, slots if low_latency else 0, device) for gemm in (gemm1, gemm2)]
+    return LayerTiles(*(_fitted(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)))
+
+
+# Of the low-latency assignment all slots walk together, so that those of one expert read its weights from L2.
+_ALL_SLOTS = 128
+
+
+def _block_m(mean: float, least: int) -> int:
+    """Twice the mean slots per active expert, rounded up to a power of two within least..128."""
+    for block in (8, 16, 32, 64):
+        if least <= block >= 2 * mean:
+            return block
+    return 128
+
+
+def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+    big = device.shared_memory >= 160 * 1024
+    deep = 128 // min(gemm.a_bits, 16) * 8  # 128 bytes of activations
+    if gemm.is_w8a8 and gemm.group_k:
+        deep = min(deep, gemm.group_k)
+    if block_m == 128:
+        wide = 256 if big and gemm.w_bits >= gemm.a_bits else 128
+        stages = 4 if device.has_wgmma and gemm.w_bits == 16 else 3
+        return TileConfig(128, wide, deep, 16, num_warps=8, num_stages=stages)
+    if block_m == 64:
+        return TileConfig(64, 128, deep, 8, num_warps=4, num_stages=3)
+    if not device.has_wgmma:
+        depth = deep if gemm.is_w8a8 else 128 if big else 64
+        return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
+    if gemm.is_decoded and block_m <= 16:
+        return _decoded_tile(gemm, block_m, lone_slots, device)
+    if gemm.is_decoded and not gemm.zero_points:
+        return TileConfig(block_m, 128, 128, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+    if gemm.is_w8a8 and block_m <= 16:
+        return _narrow_tile(gemm, block_m, deep, lone_slots, device)
+    if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
+        # More programs than two a multiprocessor: small tiles let many of them share one.
+        return TileConfig(16, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=3)
+    depth = deep if gemm.is_w8a8 else 128
+    stages = 4 if lone_slots or gemm.depth >= 4096 else 3
+    group = _ALL_SLOTS if lone_slots else 1
+    return TileConfig(block_m, 64, depth, group, SWAP_AB=True, num_warps=4, num_stages=stages)
+
+
+def _decoded_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+    """Few tokens, weights decoded in registers: two warps share the rows, and each decodes only what it multiplies.
+
+    Four would get wgmma, for which decoded weights pass through shared memory.
+    """
+    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
+        wide, deep = 32, 256
+    else:
+        shallow = gemm.zero_points or block_m == 16 or (lone_slots and gemm.w_bits == 8)
+        wide, deep = 64, 128 if shallow else 256
+    group = _ALL_SLOTS if lone_slots else 1
+    return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=3)
+
+
+def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+    """Few tokens, 8-bit operands: mma.sync, whose token side is 8 wide (Triton's wgmma has 16), half as many rows where
+    there are few programs.
+    """
+    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
+        return TileConfig(block_m, 32, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=2, num_stages=4)
+    if lone_slots:
+        return TileConfig(block_m, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=4)
+    return TileConfig(block_m, 64 if block_m == 8 else 128, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+
+
+def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001
+    """Exact float32 products have no tensor cores: small tiles, since every operand goes through registers."""
+    return TileConfig(min(block_m, 64), 64, 32, 8, num_warps=4, num_stages=2)
+
+
+def _fitted(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> TileConfig:
+    """The same tile with what the device has: PDL, and as many stages as the shared memory holds."""
+    tile = replace(tile, PDL=device.has_pdl)
+    while tile.num_stages > 1 and shared_memory(tile, gemm) > device.shared_memory:
+        tile = replace(tile, num_stages=tile.num_stages - 1)
+    return tile

@@ -1,0 +1,179 @@
+"""The family "stream": a layer of one token in one launch (stream_kernel.py); its work split, scratch and launch."""
+
+import functools
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .device import device_facts
+from .kernel_parts import pdl_option
+from .tile import STREAM_ROW_STAGES, TileConfig
+from .tma import descriptor_base
+
+if TYPE_CHECKING:
+    from .layer import Call, Layer
+
+_WORDS, _WORD_STRIDE = 1 << 18, 8  # barrier words of a GPU, and int32 values from one to the next (a sector of L2)
+# Two blocks fit a multiprocessor, so that the next layer's waits there while this one ends: registers a thread, of the
+# warps that multiply and of four, the two that load rounded up to a warpgroup.
+_REGISTERS = {4: 128, 8: 80}
+_UNKNOWN_GPU = 2  # programs of a launch without a GPU, which is only compiled
+
+
+@dataclass(frozen=True)
+class StreamSizes:
+    """What a compiled stream kernel is for; one constexpr instead of many.
+
+    num_experts     those that ids count in; local_experts have weights here
+    columns, depth  a tile: so many rows of each half of the weight (gate and up, or the halves of w2) by so many steps
+    stages          weight tiles in the ring, row_stages chunks of activations
+    """
+
+    num_experts: int
+    local_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    gated: bool
+    interleaved: bool
+    weight_on_input: bool
+    columns: int
+    depth: int
+    stages: int
+    pdl: bool
+    row_stages: int = STREAM_ROW_STAGES
+
+    @property
+    def strips1(self) -> int:
+        """Strips of gemm1."""
+        half = self.intermediate_size if self.gated else self.intermediate_size // 2
+        return -(-half // self.columns)
+
+    @property
+    def strips2(self) -> int:
+        """Strips of gemm2."""
+        return -(-(self.hidden_size // 2) // self.columns)
+
+    @property
+    def outside(self) -> int:
+        """An index that is outside every row, for loads that are to read nothing."""
+        return (max(self.hidden_size, self.intermediate_size) // self.depth + 1) * self.depth
+
+
+def stream_sizes(layer: "Layer", tile: TileConfig, weight_on_input: bool) -> StreamSizes:
+    """What the kernel of a layer is compiled for."""
+    return StreamSizes(
+        num_experts=layer.num_experts,
+        local_experts=layer.local_experts,
+        top_k=layer.top_k,
+        hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size,
+        gated=layer.activation.gated,
+        interleaved=layer.activation.interleaved,
+        weight_on_input=weight_on_input,
+        columns=tile.BLOCK_SIZE_N // 2,
+        depth=tile.BLOCK_SIZE_K,
+        stages=tile.num_stages,
+        pdl=tile.PDL,
+    )
+
+
+class BarrierWords:
+    """Words of device memory for barriers over a grid: two launches that may overlap never get the same.
+
+    Launches on one stream follow each other, so a stream has one word. A captured launch gets one that nothing else is
+    ever given, since its graph may be replayed on any stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._words = torch.zeros(_WORDS * _WORD_STRIDE, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams use the words too
+        self._used = 0
+        self._of_stream: dict[int, torch.Tensor] = {}
+
+    def word(self) -> torch.Tensor:
+        """int32 [1] for a launch on the current stream. RuntimeError when more than 262,000 launches were captured."""
+        if self._device.type != "cuda":
+            return self._words[:1]
+        if torch.cuda.is_current_stream_capturing():
+            return self._new()
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        word = self._of_stream.get(stream)
+        return self._of_stream.setdefault(stream, self._new()) if word is None else word
+
+    def _new(self) -> torch.Tensor:
+        with self._lock:
+            first, self._used = self._used, self._used + 1
+        if first >= _WORDS:
+            raise RuntimeError(f"CUDA graphs of this process hold {_WORDS} launches of the family stream; no more fit")
+        return self._words[first * _WORD_STRIDE :][:1]
+
+
+@functools.cache
+def barrier_words(device: torch.device) -> BarrierWords:
+    """Those of a GPU; made by the first call, which is never captured (package.py holds that)."""
+    return BarrierWords(device)
+
+
+@functools.cache
+def _stream_layer() -> Any:  # noqa: ANN401 - a Gluon function has no Python type
+    # Imported where it is used: nothing of Gluon is needed, nor has to exist, on other GPUs.
+    from .stream_kernel import stream_layer
+
+    return stream_layer
+
+
+def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
+    """`layer.run` for tile configs of this family: one token, with or without an expert_map."""
+    x, w13, w2 = call.hidden_states, call.w13, call.w2
+    sizes = stream_sizes(layer, tile, call.apply_router_weight_on_input)
+    hidden = x.new_empty((layer.top_k, layer.intermediate_size))
+    grid = device_facts(x.device.index).num_sms if x.is_cuda else _UNKNOWN_GPU
+    kernel = _stream_layer()
+    kernel[(grid,)](
+        _weight_descriptor(w13.values, x, sizes, sizes.interleaved),
+        _weight_descriptor(w2.values, x, sizes, False),
+        _row_descriptor(x, sizes),
+        _row_descriptor(hidden, sizes),
+        hidden,
+        call.out,
+        w13.bias,
+        w2.bias,
+        call.topk_weights,
+        call.topk_ids,
+        call.expert_map,
+        barrier_words(x.device).word(),
+        ACTIVATION=layer.kernels.activation,
+        S=sizes,
+        num_warps=tile.num_warps,
+        maxnreg=_REGISTERS[tile.num_warps],
+        launch_cooperative_grid=True,  # all blocks run at once or none: the barrier over the grid needs them all
+        **pdl_option(tile.PDL),
+    )
+
+
+def _weight_descriptor(w: torch.Tensor, x: torch.Tensor, sizes: StreamSizes, interleaved: bool) -> Any:  # noqa: ANN401
+    """[E, 2, rows / 2, K] of a weight [E, rows, K]: gate and up rows, or the first and the second half."""
+    experts, rows, depth = w.shape
+    per_expert, per_row = w.stride(0), w.stride(1)
+    strides = [per_expert, per_row, 2 * per_row, 1] if interleaved else [per_expert, rows // 2 * per_row, per_row, 1]
+    shape, block = [experts, 2, rows // 2, depth], [1, 2, sizes.columns, sizes.depth]
+    return _descriptor(descriptor_base(w, x), shape, strides, block)
+
+
+def _row_descriptor(rows: torch.Tensor, sizes: StreamSizes) -> Any:  # noqa: ANN401
+    count, length = rows.shape
+    return _descriptor(rows, [count, length], [length, 1], [1, sizes.depth])
+
+
+def _descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:  # noqa: ANN401
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * base.element_size(), rank=len(block))
+    return TensorDescriptor(base, shape, strides, block, layout)

@@ -1,0 +1,92 @@
+"""Pieces of the stream kernel: instructions that Gluon has no function for, shares of the work, routing, loads.
+
+`routing` is (topk_weights, topk_ids, expert_map) as in `stream_layer`, S the StreamSizes of the kernel.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # renamed in Triton 3.7
+
+
+@gluon.jit
+def asm(TEXT: gl.constexpr):
+    """An instruction without operands."""
+    gl.inline_asm_elementwise(TEXT + "; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_previous(PDL: gl.constexpr):
+    """Programmatic dependent launch, first half of kernel_parts.pdl_begin: every warp waits for itself."""
+    if PDL:
+        asm("griddepcontrol.wait")
+
+
+@gluon.jit
+def load_acquire(pointer):
+    """int32 at `pointer`, and after it what was written before the release that it sees."""
+    asm: gl.constexpr = "ld.acquire.gpu.global.b32 $0, [$1];"
+    return gl.inline_asm_elementwise(asm, "=r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def to_float32(x):
+    """bfloat16 by a shift and a mask of the register that holds two values, one instruction each."""
+    if x.dtype == gl.bfloat16:
+        asm: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return gl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        return x.to(gl.float32)
+
+
+@gluon.jit
+def share(units, block):
+    """The units of one block: as even as whole units allow."""
+    blocks = gl.num_programs(0)
+    return block * units // blocks, (block + 1) * units // blocks
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The next stage of a ring and the phase of its barriers, which turns with every round."""
+    stage += 1
+    wraps = stage == STAGES
+    return gl.where(wraps, 0, stage), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def expert_of(routing, slot, S: gl.constexpr):
+    """The local expert of a slot as int32, -1 when nothing is to be computed for it."""
+    expert = gl.load(routing[1] + slot)
+    if routing[2] is not None:
+        known = (expert >= 0) & (expert < S.num_experts)
+        expert = gl.load(routing[2] + expert, mask=known, other=-1)
+    return gl.where((expert >= 0) & (expert < S.local_experts), expert, -1).to(gl.int32)
+
+
+@gluon.jit
+def scale_of(routing, slot, WEIGHTED: gl.constexpr):
+    """What the products of a slot are multiplied by."""
+    if WEIGHTED:
+        return gl.load(routing[0] + slot)
+    else:
+        return 1.0
+
+
+@gluon.jit
+def load_tile(desc, coordinates, stage, phase, buffers, empty, ready, STAGES: gl.constexpr):
+    """Start the load of one block of `desc` as soon as its stage is empty; what follows it in the ring."""
+    mbarrier.wait(empty.index(stage), phase)
+    bar = ready.index(stage)
+    mbarrier.expect(bar, desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, coordinates, bar, buffers.index(stage))
+    return next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def fetch_descriptors(desc1, desc2, origin, bar, buffer):
+    """Two loads that lie outside their tensors: zeros, no traffic, but the descriptors are on chip when it counts."""
+    mbarrier.expect(bar, 2 * desc1.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc1, origin, bar, buffer)
+    tma.async_copy_global_to_shared(desc2, origin, bar, buffer)

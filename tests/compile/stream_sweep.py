@@ -1,0 +1,65 @@
+"""Compile the family "stream" for cuda:90 in one process: `python -m tests.compile.stream_sweep FOLDER`.
+
+Packages go below FOLDER, each with a config record; stdout is one JSON list, a record a kernel.
+"""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from moegen.aot import _compile_target
+from moegen.device import TARGETS
+from moegen.emit import emit
+from moegen.load import import_package
+from moegen.plan import make_plan
+from moegen.runtime.device import DeviceFacts
+from moegen.runtime.tile import LayerTiles, TileConfig
+from moegen.spec import Parallel
+from tests.support.packages import spec_of
+from tests.support.record_files import write_record
+
+TARGET = "cuda:90"
+SIZES = {"num_experts": 16, "top_k": 4, "hidden_size": 512, "intermediate_size": 256}
+# The two tiles of the heuristic.
+LOW = TileConfig(1, 16, 512, PDL=True, num_warps=4, num_stages=6, family="stream")
+HIGH = TileConfig(1, 32, 256, PDL=True, num_warps=8, num_stages=6, family="stream")
+
+# name -> fields of the spec, tile
+CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
+    "low tiles": ({}, LOW),
+    "high tiles": ({}, HIGH),
+    "low tiles, 8 warps": ({}, replace(LOW, num_warps=8)),
+    "tails": ({"hidden_size": 328, "intermediate_size": 136}, LOW),
+    "float16": ({"dtypes": ("float16",)}, HIGH),
+    "bias, interleaved": ({"activation": "swigluoai", "bias": True}, LOW),
+    "bias, high": ({"activation": "swigluoai", "bias": True}, HIGH),
+    "not gated": ({"activation": "relu2_no_mul"}, LOW),
+    "erf": ({"activation": "gelu"}, LOW),
+    "clamp": ({"activation": "situ"}, HIGH),
+    "shard": ({"parallel": (Parallel(ep=2),)}, LOW),  # without and with an expert_map
+}
+
+
+def package_with_record(folder: Path, fields: dict[str, Any], tile: TileConfig, device: DeviceFacts) -> Path:
+    """An emitted package whose record for `device` has this tile config for one token."""
+    package = emit(make_plan(spec_of(**{**SIZES, **fields})), folder)
+    write_record(import_package(package), package / "configs", device, {1: LayerTiles(tile, tile)})
+    return package
+
+
+def main(folder: str) -> None:
+    """Compile all cases and print what came out."""
+    records = []
+    for number, (case, (fields, tile)) in enumerate(CASES.items()):
+        package = package_with_record(Path(folder) / str(number), fields, tile, TARGETS[TARGET])
+        compiled = _compile_target((str(package), TARGET, 1))
+        records += [{"case": case, "triton": triton.__version__, **asdict(item)} for item in compiled]
+    sys.stdout.write(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

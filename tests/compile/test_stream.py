@@ -1,0 +1,44 @@
+"""The family "stream" compiles for cuda:90 with both supported Tritons: one kernel a layer, and nothing beside it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from moegen.device import TARGETS
+from tests.compile.stream_sweep import CASES, TARGET
+from tests.compile.test_targets import OLDER, OLDER_FOLDER, ROOT
+
+# Registers a thread, so that two blocks fit a multiprocessor: warps that multiply, and a warpgroup for the two others.
+TWO_BLOCKS = {warps: 65536 // (2 * (warps + 4) * 32) for warps in (4, 8)}
+
+
+def compiled(folder: Path, triton_folder: Path | None) -> list[dict[str, Any]]:
+    path = [str(ROOT), *([str(triton_folder)] if triton_folder else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-m", "tests.compile.stream_sweep", str(folder)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
+    assert done.returncode == 0, done.stderr[-4000:]
+    return list(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("older", [False, True], ids=[triton.__version__, OLDER])
+def test_compiles(tmp_path: Path, older: bool) -> None:
+    if older and not OLDER_FOLDER.is_dir():
+        pytest.skip(f"{OLDER_FOLDER.name} is not there; `make test` makes it")
+    records = compiled(tmp_path, OLDER_FOLDER if older else None)
+    if older:
+        assert {record["triton"] for record in records} == {OLDER}
+    assert [record for record in records if record["error"] is not None] == []
+    assert {record["case"] for record in records} == set(CASES)
+    for case, (_, tile) in CASES.items():
+        mine = [record for record in records if record["case"] == case]
+        assert {record["kernel"] for record in mine} == {"stream_layer"}, case
+        assert [record for record in mine if record["spills"]] == [], case
+        assert all(record["shared_memory"] <= TARGETS[TARGET].shared_memory // 2 for record in mine), case
+        assert all(record["registers"] <= TWO_BLOCKS[tile.num_warps] for record in mine), case
