@@ -26,10 +26,12 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
     """
     if tokens == 1:
         return family_tiles("stream", gemm1, gemm2, 1, device)
+    if not gemm1.group_k or gemm1.depth < 1024:  # loops of a few steps are unrolled, and spill
+        return None
     mean, short = mean_slots(gemm1, tokens), gemm2.depth < 512
-    if gemm1.group_k and mean >= (256 if short else 128):
+    if mean >= (256 if short else 128):
         return family_tiles("tma", gemm1, gemm2, 128, device)
-    if gemm1.group_k and short and mean >= 32:
+    if short and mean >= 32:
         return family_tiles("tma", gemm1, gemm2, 64, device)
     return None
 

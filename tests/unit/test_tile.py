@@ -190,3 +190,37 @@ W8A8 = replace(GEMM, a_bits=8, w_bits=8)
 )
 def test_legality_of_quant_groups(gemm: Gemm, block_k: int, reason: str | None) -> None:
     assert why_illegal(replace(TILE, BLOCK_SIZE_K=block_k), gemm, H200) == reason
+
+
+QWEN3, DEEPSEEK = (2048, 768, 128), (7168, 256, 256)  # hidden size, intermediate size, experts
+BLOCKS, CHANNEL, PLAIN_BITS = "w8a8, groups of 128", "w8a8", "16 bit"
+
+
+@pytest.mark.parametrize(
+    ("stored", "sizes", "tokens", "target", "family", "block_m"),
+    [
+        (PLAIN_BITS, QWEN3, 1, "cuda:90", "stream", 1),
+        (PLAIN_BITS, QWEN3, 1, "cuda:100", "portable", 16),
+        (PLAIN_BITS, QWEN3, 2, "cuda:90", "portable", 16),
+        (BLOCKS, QWEN3, 1, "cuda:90", "portable", 8),
+        (BLOCKS, QWEN3, 1024, "cuda:90", "portable", 64),
+        (BLOCKS, QWEN3, 2048, "cuda:90", "tma", 128),
+        (BLOCKS, DEEPSEEK, 1024, "cuda:90", "tma", 64),
+        (BLOCKS, DEEPSEEK, 16384, "cuda:90", "tma", 128),
+        (BLOCKS, DEEPSEEK, 16384, "cuda:100", "portable", 64),
+        (BLOCKS, (256, 256, 256), 16384, "cuda:90", "portable", 64),
+        (CHANNEL, QWEN3, 16384, "cuda:90", "portable", 128),
+    ],
+)
+def test_the_default_is_of_the_family_that_measured_faster(
+    stored: str, sizes: tuple[int, int, int], tokens: int, target: str, family: str, block_m: int
+) -> None:
+    hidden, inter, experts = sizes
+    common: dict[str, Any] = {"num_experts": experts, "top_k": 8, **stored_as(stored)}
+    gemm1 = Gemm(op="gemm1", rows=2 * inter, depth=hidden, gated=True, **common)
+    gemm2 = Gemm(op="gemm2", rows=hidden, depth=inter, gated=False, **common)
+    low_latency = tokens * 8 * 4 <= experts
+    tiles = default_tiles(gemm1, gemm2, tokens, TARGETS[target], low_latency)
+    assert (tiles.gemm1.family, tiles.gemm1.BLOCK_SIZE_M) == (family, block_m)
+    portable = default_tiles(gemm1, gemm2, tokens, TARGETS[target], low_latency, portable=True)
+    assert {portable.gemm1.family, portable.gemm2.family} == {"portable"}
