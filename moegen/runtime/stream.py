@@ -1,15 +1,15 @@
-"""The family "stream": a layer of one token in one launch (stream_kernel.py); its work split, scratch and launch."""
+"""The family "stream", a layer of one token in one launch (stream_kernel.py, stream_w8a8.py): scratch and launch."""
 
 import functools
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .device import device_facts
 from .kernel_parts import pdl_option
-from .tile import STREAM_ROW_STAGES, TileConfig
+from .stream_sizes import StreamSizes
+from .tile import TileConfig
 from .tma import descriptor_base
 
 if TYPE_CHECKING:
@@ -20,46 +20,6 @@ _WORDS, _WORD_STRIDE = 1 << 18, 8  # barrier words of a GPU, and int32 values fr
 # warps that multiply and of four, the two that load rounded up to a warpgroup.
 _REGISTERS = {4: 128, 8: 80}
 _UNKNOWN_GPU = 2  # programs of a launch without a GPU, which is only compiled
-
-
-@dataclass(frozen=True)
-class StreamSizes:
-    """What a compiled stream kernel is for; one constexpr instead of many.
-
-    num_experts     those that ids count in; local_experts have weights here
-    columns, depth  a tile: so many rows of each half of the weight (gate and up, or the halves of w2) by so many steps
-    stages          weight tiles in the ring, row_stages chunks of activations
-    """
-
-    num_experts: int
-    local_experts: int
-    top_k: int
-    hidden_size: int
-    intermediate_size: int
-    gated: bool
-    interleaved: bool
-    weight_on_input: bool
-    columns: int
-    depth: int
-    stages: int
-    pdl: bool
-    row_stages: int = STREAM_ROW_STAGES
-
-    @property
-    def strips1(self) -> int:
-        """Strips of gemm1."""
-        half = self.intermediate_size if self.gated else self.intermediate_size // 2
-        return -(-half // self.columns)
-
-    @property
-    def strips2(self) -> int:
-        """Strips of gemm2."""
-        return -(-(self.hidden_size // 2) // self.columns)
-
-    @property
-    def outside(self) -> int:
-        """An index that is outside every row, for loads that are to read nothing."""
-        return (max(self.hidden_size, self.intermediate_size) // self.depth + 1) * self.depth
 
 
 def stream_sizes(layer: "Layer", tile: TileConfig, weight_on_input: bool) -> StreamSizes:
@@ -73,7 +33,10 @@ def stream_sizes(layer: "Layer", tile: TileConfig, weight_on_input: bool) -> Str
         gated=layer.activation.gated,
         interleaved=layer.activation.interleaved,
         weight_on_input=weight_on_input,
+        group_n=layer.scheme.group_n,
+        ue8m0=layer.scheme.ue8m0,
         columns=tile.BLOCK_SIZE_N // 2,
+        warps=tile.num_warps,
         depth=tile.BLOCK_SIZE_K,
         stages=tile.num_stages,
         pdl=tile.PDL,
@@ -121,8 +84,12 @@ def barrier_words(device: torch.device) -> BarrierWords:
 
 
 @functools.cache
-def _stream_layer() -> Any:  # noqa: ANN401 - a Gluon function has no Python type
+def _kernel(quantised: bool) -> Any:  # noqa: ANN401 - a Gluon function has no Python type
     # Imported where it is used: nothing of Gluon is needed, nor has to exist, on other GPUs.
+    if quantised:
+        from .stream_w8a8 import stream_layer_w8a8
+
+        return stream_layer_w8a8
     from .stream_kernel import stream_layer
 
     return stream_layer
@@ -134,12 +101,16 @@ def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
     sizes = stream_sizes(layer, tile, call.apply_router_weight_on_input)
     hidden = x.new_empty((layer.top_k, layer.intermediate_size))
     grid = device_facts(x.device.index).num_sms if x.is_cuda else _UNKNOWN_GPU
-    kernel = _stream_layer()
-    kernel[(grid,)](
+    quantised = layer.scheme.row.activation is not None
+    rows: tuple[Any, ...]  # where activations and, of 8-bit weights, scales are read from
+    if quantised:
+        rows = (_bytes(w13.scale), _bytes(w2.scale), x)
+    else:
+        rows = (_row_descriptor(x, sizes), _row_descriptor(hidden, sizes))
+    _kernel(quantised)[(grid,)](
         _weight_descriptor(w13.values, x, sizes, sizes.interleaved),
         _weight_descriptor(w2.values, x, sizes, False),
-        _row_descriptor(x, sizes),
-        _row_descriptor(hidden, sizes),
+        *rows,
         hidden,
         call.out,
         w13.bias,
@@ -155,6 +126,11 @@ def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
         launch_cooperative_grid=True,  # all blocks run at once or none: the barrier over the grid needs them all
         **pdl_option(tile.PDL),
     )
+
+
+def _bytes(scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Triton has no e8m0 type: kernels decode the byte."""
+    return scale.view(torch.uint8) if scale is not None and scale.dtype == torch.float8_e8m0fnu else scale
 
 
 def _weight_descriptor(w: torch.Tensor, x: torch.Tensor, sizes: StreamSizes, interleaved: bool) -> Any:  # noqa: ANN401

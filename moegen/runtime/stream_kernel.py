@@ -20,20 +20,20 @@ from .stream_parts import (
     block_barrier,
     expert_of,
     fetch_descriptors,
-    load_acquire,
     load_tile,
     next_stage,
     scale_of,
     share,
     to_float32,
+    wait_for_grid,
     wait_for_previous,
 )
 
-_LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)  # a thread of the two warps that load
+LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)  # a thread of the two warps that load
 
 
 @gluon.jit
-def _stream_weights(w13, w2, routing, ring, fetched, S: gl.constexpr):
+def stream_weights(w13, w2, routing, ring, fetched, S: gl.constexpr):
     """Every weight tile of this block, in the order in which `_multiply` takes them."""
     OUTSIDE: gl.constexpr = S.outside
     buffers, empty, ready = ring
@@ -76,13 +76,8 @@ def _stream_rows(x, hidden, routing, grid_barrier, ring, fetched, written, S: gl
             for k in range(0, S.hidden_size, S.depth):
                 stage, phase = load_tile(x, [0, k], stage, phase, buffers, empty, ready, S.row_stages)
 
-    # The arrivals of a grid add up to 2 ** 31: the top bit flips when the last block arrives, and the word is ready for
-    # the next launch whatever its grid.
     mbarrier.wait(written, 0)
-    arrival = gl.where(gl.program_id(0) == 0, 2147483647 - (gl.num_programs(0) - 2), 1)
-    before = gl.atomic_add(grid_barrier, arrival, sem="acq_rel", scope="gpu")
-    while (load_acquire(grid_barrier) ^ before) >= 0:
-        pass
+    wait_for_grid(grid_barrier)
     asm("fence.proxy.async")  # hidden was written by ordinary stores and is read by TMA
 
     first, last = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))
@@ -121,7 +116,7 @@ def _dot(acc, scale, LENGTH: gl.constexpr, place, w_ring, a_ring, S: gl.constexp
 
 
 @gluon.jit
-def _rows_of(unit, like, S: gl.constexpr):
+def rows_of(unit, like, S: gl.constexpr):
     """For a tensor [1, 2, columns]: row [1, 1, columns] within each half of the matrix, and the half [1, 2, 1]."""
     PAIRS: gl.constexpr = like.type.layout
     row = unit * S.columns + gl.arange(0, S.columns, layout=gl.SliceLayout(0, gl.SliceLayout(1, PAIRS)))
@@ -130,10 +125,9 @@ def _rows_of(unit, like, S: gl.constexpr):
 
 
 @gluon.jit
-def _store_hidden(acc, bias, hidden, slot, expert, strip, ACTIVATION: gl.constexpr, S: gl.constexpr):
-    """activation(acc + bias) -> hidden[slot], one strip of columns."""
-    total = gl.sum(acc, axis=3)
-    row, half = _rows_of(strip, total, S)
+def store_hidden(total, bias, hidden, slot, expert, strip, ACTIVATION: gl.constexpr, S: gl.constexpr):
+    """activation(total [1, 2, columns] + bias) -> hidden[slot], one strip of columns."""
+    row, half = rows_of(strip, total, S)
     half_rows: gl.constexpr = S.intermediate_size if S.gated else S.intermediate_size // 2
     inside = (row < half_rows) & (half < 2)
     if bias is not None:
@@ -176,7 +170,7 @@ def _multiply(
         if expert >= 0:
             scale = scale_of(routing, slot, S.weight_on_input)
             acc, place = _dot(nothing, scale, S.hidden_size, place, w_ring, a_ring, S, TILE)
-            _store_hidden(acc, w13_bias, hidden, slot, expert, unit % S.strips1, ACTIVATION, S)
+            store_hidden(gl.sum(acc, axis=3), w13_bias, hidden, slot, expert, unit % S.strips1, ACTIVATION, S)
     asm("fence.proxy.async")
     block_barrier()
     mbarrier.arrive(written, count=1)
@@ -185,7 +179,7 @@ def _multiply(
     first, last = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))
     for strip in range(first, last):
         acc = nothing
-        row, half = _rows_of(strip, gl.sum(nothing, axis=3), S)
+        row, half = rows_of(strip, gl.sum(nothing, axis=3), S)
         inside = (row < half_rows) & (half < 2)
         for slot in range(S.top_k):
             expert = expert_of(routing, slot, S)
@@ -200,7 +194,7 @@ def _multiply(
 
 
 @gluon.jit
-def _new_ring(desc, STAGES: gl.constexpr):
+def new_ring(desc, STAGES: gl.constexpr):
     """Buffers for blocks of `desc`, and for each the barriers that say it is empty and that it is loaded."""
     buffers = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)  # noqa: RUF005 - Triton has no stars
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -230,8 +224,8 @@ def stream_layer(
     num_warps: gl.constexpr,
 ):
     """out = Σ_j weight_j · expert_j(x), the whole layer."""
-    w_ring = _new_ring(w13, S.stages)
-    a_ring = _new_ring(x, S.row_stages)
+    w_ring = new_ring(w13, S.stages)
+    a_ring = new_ring(x, S.row_stages)
     once = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(3):
         mbarrier.init(once.index(i), count=1)
@@ -240,9 +234,9 @@ def stream_layer(
         [
             (_multiply, (w13_bias, w2_bias, hidden, out, routing, w_ring, a_ring, once.index(2),
                          ACTIVATION, S, num_warps)),
-            (_stream_weights, (w13, w2, routing, w_ring, once.index(0), S)),
+            (stream_weights, (w13, w2, routing, w_ring, once.index(0), S)),
             (_stream_rows, (x, hidden_rows, routing, grid_barrier, a_ring, once.index(1), once.index(2), S)),
         ],
         [1, 1],
-        [_LOADER_REGISTERS, _LOADER_REGISTERS],
+        [LOADER_REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip

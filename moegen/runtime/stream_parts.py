@@ -31,6 +31,19 @@ def load_acquire(pointer):
 
 
 @gluon.jit
+def wait_for_grid(word):
+    """A barrier over the grid, by one warp a block.
+
+    The arrivals of a grid add up to 2 ** 31: the top bit flips when the last block arrives, and the word is ready for
+    the next launch whatever its grid.
+    """
+    arrival = gl.where(gl.program_id(0) == 0, 2147483647 - (gl.num_programs(0) - 2), 1)
+    before = gl.atomic_add(word, arrival, sem="acq_rel", scope="gpu")
+    while (load_acquire(word) ^ before) >= 0:
+        pass
+
+
+@gluon.jit
 def to_float32(x):
     """bfloat16 by a shift and a mask of the register that holds two values, one instruction each."""
     if x.dtype == gl.bfloat16:

@@ -3,12 +3,11 @@
 from dataclasses import asdict, dataclass, fields
 
 from .device import DeviceFacts
+from .stream_sizes import stream_memory, why_illegal_stream
 
 # "portable" and "tma" are families of templates; "tma" is for 8-bit weights and activations on compute capability 9.0.
-# "stream" is for one token and 16-bit weights there: one kernel for the whole layer (runtime/stream_kernel.py).
+# "stream" is for one token there, and weights of 16 bits, or of 8 with block scales: one kernel for the whole layer.
 FAMILIES = ("portable", "tma", "stream")
-STREAM_ROW_STAGES = 8  # chunks of activations that it loads ahead
-_STREAM_THREAD_VALUES = 8  # of a weight row, 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     if tile.family not in FAMILIES:
         return f"family={tile.family} is unknown; known: {', '.join(FAMILIES)}"
     if tile.family == "stream":
-        return why_illegal_stream(tile, gemm, device)
+        return why_illegal_stream(tile, gemm, device) or _why_too_large(tile, gemm, device)
     if tile.BLOCK_SIZE_M == 8 and not (tile.SWAP_AB and device.backend == "cuda"):
         return "BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU: tokens on the tensor core's side that may be 8 wide"
     smallest = {"BLOCK_SIZE_M": 8, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
@@ -148,32 +147,10 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     accumulators = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
     if accumulators > 256:
         return f"{accumulators} accumulators per thread do not fit into 255 registers"
-    needed = shared_memory(tile, gemm)
-    if needed > device.shared_memory:
-        return f"{needed} bytes of shared memory exceed the {device.shared_memory} of {device.name}"
-    return None
+    return _why_too_large(tile, gemm, device)
 
 
-def why_illegal_stream(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
-    """What `why_illegal` says of the family "stream"."""
-    if not device.has_wgmma:
-        return f"family=stream needs compute capability 9.0, not {device.backend} {device.arch}"
-    if (gemm.a_bits, gemm.w_bits) != (16, 16):
-        return f"family=stream is for 16-bit weights and activations, not {gemm.w_bits} and {gemm.a_bits} bits"
-    if gemm.depth % _STREAM_THREAD_VALUES:
-        return f"rows of {gemm.depth} values are not the multiple of 16 bytes that TMA needs"
-    if tile.BLOCK_SIZE_M != 1:
-        return f"BLOCK_SIZE_M={tile.BLOCK_SIZE_M} is not the 1 token of family=stream"
-    if tile.SWAP_AB or tile.GROUP_SIZE_M != 1:
-        return "SWAP_AB and GROUP_SIZE_M are not for family=stream"
-    if tile.num_warps not in (4, 8):
-        return f"num_warps={tile.num_warps} is not 4 or 8"
-    if not 2 * tile.num_warps <= tile.BLOCK_SIZE_N <= 64:
-        return f"BLOCK_SIZE_N={tile.BLOCK_SIZE_N} is outside {2 * tile.num_warps}..64"
-    if tile.BLOCK_SIZE_K not in (256, 512):
-        return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} is not 256 or 512"
-    if not 2 <= tile.num_stages <= 32:
-        return f"num_stages={tile.num_stages} is outside 2..32"
+def _why_too_large(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
     needed = shared_memory(tile, gemm)
     if needed > device.shared_memory:
         return f"{needed} bytes of shared memory exceed the {device.shared_memory} of {device.name}"
@@ -214,8 +191,8 @@ def flattens(gemm: Gemm) -> bool:
 
 def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
     """Bytes of shared memory that the pipelined operand tiles take: an upper bound (mma.sync drops one stage)."""
-    if tile.family == "stream":  # with the chunks of activations, and 2 kB for barriers and reductions
-        return (tile.num_stages * tile.BLOCK_SIZE_N + STREAM_ROW_STAGES) * tile.BLOCK_SIZE_K * 2 + 2048
+    if tile.family == "stream":
+        return stream_memory(tile, gemm)
     bits = tile.BLOCK_SIZE_M * gemm.a_bits + tile.BLOCK_SIZE_N * gemm.w_bits
     operands = bits * tile.BLOCK_SIZE_K * tile.num_stages // 8
     if tile.family == "tma":

@@ -78,11 +78,13 @@ def search(
     seed: int = 0,
     warm: Sequence[LayerTiles] = (),
     stop: Callable[[], bool] = lambda: False,
+    closing: Callable[[], None] = lambda: None,
 ) -> Found:
     """Find the fastest pair of tile configs of `space`.
 
     warm: pairs to measure first; those that are not in the space are ignored. stop: asked before every batch; once it
-    is true, what has been measured is compared and the best of it returned. Raises KeyError for an unknown effort,
+    is true, what has been measured is compared and the best of it returned. closing: called before the comparison, in
+    which nothing is left to compile. Raises KeyError for an unknown effort,
     NothingRuns if no pair could be timed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -92,6 +94,7 @@ def search(
     run = _Run(space, measurer, budget - FINALISTS, seed)
     run.begin([pair for pair in warm if pair in space])
     run.explore(stop)
+    closing()
     return run.decide()
 
 

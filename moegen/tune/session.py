@@ -28,7 +28,7 @@ from moegen.tune.record import Record, TunedBucket
 from moegen.tune.search import EFFORTS, Found, NothingRuns, search
 from moegen.tune.sources import Source
 from moegen.tune.space import LayerSpace, kind_of
-from moegen.tune.trial import Measurement
+from moegen.tune.trial import Measurement, Measurer
 
 NEAR = 2.0  # a record's bucket at most this many times away is worth trying
 
@@ -154,7 +154,15 @@ class Session:
         try:
             measurer = self._journal.measurer(key, self._source.measurer(task.variant), beat)
             watched = self._progress.watch(measurer, state)
-            found = search(space, watched, effort=self.effort, seed=self.seed, warm=warm, stop=stop)
+            found = search(
+                space,
+                watched,
+                effort=self.effort,
+                seed=self.seed,
+                warm=warm,
+                stop=stop,
+                closing=lambda: self._prefetch_next(task, tokens, measurer),
+            )
         except (NothingRuns, MeasurerError) as error:
             self._progress.say(f"{task.variant.slug} T={tokens}: {error}")
             self.outcomes[key, tokens] = Outcome(key, tokens, reason=str(error))
@@ -164,6 +172,13 @@ class Session:
         if stopped:
             raise Unfinished
         study.set_user_attr(f"found {self.effort} {self.seed}", plain_found(found))
+
+    def _prefetch_next(self, task: Task, tokens: int, measurer: Measurer) -> None:
+        """What the next bucket begins with compiles while this one's finalists are compared."""
+        following = next((other for other in task.buckets if other > tokens), None)
+        if following is not None:
+            space = self._source.space(task.variant, following)
+            measurer.prefetch(following, [space.default, *map(space.start, space.kinds)])
 
     def _keep(self, task: Task, tokens: int, found: Found, *, complete: bool) -> None:
         bucket = TunedBucket(

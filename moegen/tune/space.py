@@ -162,7 +162,8 @@ def layer_space(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_
     if mean_slots(gemm1, tokens) >= LEAST_TMA:
         found = {size: family_tiles("tma", gemm1, gemm2, size, device) for size in AXES["tma"]["BLOCK_SIZE_M"]}
         starts |= {Kind("tma", size): pair for size, pair in found.items() if pair}
-    starts |= {kind_of(default): default}
+    one = family_tiles("stream", gemm1, gemm2, 1, device) if tokens == 1 else None
+    starts |= {kind_of(pair): pair for pair in (one, default) if pair}
     spaces: list[dict[Kind, Space]] = [
         {
             kind: Space(

@@ -27,6 +27,10 @@ SIZES = {"num_experts": 16, "top_k": 4, "hidden_size": 512, "intermediate_size":
 # The two tiles of the heuristic.
 LOW = TileConfig(1, 16, 512, PDL=True, num_warps=4, num_stages=6, family="stream")
 HIGH = TileConfig(1, 32, 256, PDL=True, num_warps=8, num_stages=6, family="stream")
+# Nearly as many bytes of 8 bits: beside them are quantised activations and scales.
+LOW_8, HIGH_8 = replace(LOW, num_stages=11), replace(HIGH, num_stages=11)
+FLAT_8 = replace(LOW_8, BLOCK_SIZE_K=256, num_stages=22)
+BLOCK = {"quant": ("fp8_w8a8:128x128",)}
 
 # name -> fields of the spec, tile
 CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
@@ -41,6 +45,18 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "erf": ({"activation": "gelu"}, LOW),
     "clamp": ({"activation": "situ"}, HIGH),
     "shard": ({"parallel": (Parallel(ep=2),)}, LOW),  # without and with an expert_map
+    "fp8, low": (BLOCK, LOW_8),
+    "fp8, low, 8 warps": (BLOCK, replace(LOW_8, num_warps=8)),
+    "fp8, high, 4 warps": (BLOCK, replace(HIGH_8, num_warps=4)),
+    "fp8, high": ({**BLOCK, "hidden_size": 7168, "top_k": 8}, HIGH_8),
+    "fp8, flat": (BLOCK, FLAT_8),
+    "fp8, tails, bias, interleaved": (
+        {**BLOCK, "hidden_size": 592, "intermediate_size": 272, "activation": "swigluoai", "bias": True},
+        LOW_8,
+    ),
+    "fp8, not gated": ({**BLOCK, "activation": "relu2_no_mul"}, LOW_8),
+    "fp8, ue8m0, shard": ({"quant": ("fp8_w8a8:128x128ue8m0",), "parallel": (Parallel(ep=2),)}, LOW_8),
+    "int8": ({"quant": ("int8_w8a8:128x128",)}, LOW_8),
 }
 
 

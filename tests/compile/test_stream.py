@@ -11,7 +11,9 @@ import pytest
 import triton
 
 from moegen.device import TARGETS
-from tests.compile.stream_sweep import CASES, TARGET
+from moegen.runtime.quant import Scheme
+from moegen.runtime.tile import Gemm, TileConfig, shared_memory
+from tests.compile.stream_sweep import CASES, SIZES, TARGET
 from tests.compile.test_targets import OLDER, OLDER_FOLDER, ROOT
 
 # Registers a thread, so that two blocks fit a multiprocessor: warps that multiply, and a warpgroup for the two others.
@@ -27,6 +29,18 @@ def compiled(folder: Path, triton_folder: Path | None) -> list[dict[str, Any]]:
     return list(json.loads(done.stdout))
 
 
+def bound(fields: dict[str, Any], tile: TileConfig) -> int:
+    """What `shared_memory` says of the layer, by either GEMM."""
+    size = {**SIZES, **fields}
+    scheme = Scheme.parse(fields.get("quant", ("none",))[0])
+    bits, hidden, rows = 8 if scheme.kind else 16, size["hidden_size"], size["intermediate_size"]
+    more = {"a_bits": bits, "w_bits": bits, "group_k": scheme.group_k, "group_n": scheme.group_n}
+    gated = "mul" not in size.get("activation", "silu")
+    gemm1 = Gemm("gemm1", size["num_experts"], size["top_k"], rows * (2 if gated else 1), hidden, gated, **more)
+    gemm2 = Gemm("gemm2", size["num_experts"], size["top_k"], hidden, rows, False, **more)
+    return min(shared_memory(tile, gemm) for gemm in (gemm1, gemm2))
+
+
 @pytest.mark.parametrize("older", [False, True], ids=[triton.__version__, OLDER])
 def test_compiles(tmp_path: Path, older: bool) -> None:
     if older and not OLDER_FOLDER.is_dir():
@@ -36,9 +50,10 @@ def test_compiles(tmp_path: Path, older: bool) -> None:
         assert {record["triton"] for record in records} == {OLDER}
     assert [record for record in records if record["error"] is not None] == []
     assert {record["case"] for record in records} == set(CASES)
-    for case, (_, tile) in CASES.items():
+    for case, (fields, tile) in CASES.items():
         mine = [record for record in records if record["case"] == case]
-        assert {record["kernel"] for record in mine} == {"stream_layer"}, case
+        assert {record["kernel"] for record in mine} == {"stream_layer_w8a8" if "quant" in fields else "stream_layer"}
+        assert all(record["shared_memory"] <= bound(fields, tile) for record in mine), case
         assert [record for record in mine if record["spills"]] == [], case
         assert all(record["shared_memory"] <= TARGETS[TARGET].shared_memory // 2 for record in mine), case
         assert all(record["registers"] <= TWO_BLOCKS[tile.num_warps] for record in mine), case

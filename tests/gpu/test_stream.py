@@ -17,8 +17,8 @@ from moegen.runtime.device import device_facts
 from moegen.runtime.reference import moe_reference
 from moegen.runtime.tile import TileConfig
 from moegen.spec import Parallel
-from tests.compile.stream_sweep import HIGH, LOW, package_with_record
-from tests.support.packages import TOLERANCE, spec_of
+from tests.compile.stream_sweep import BLOCK, FLAT_8, HIGH, HIGH_8, LOW, LOW_8, package_with_record
+from tests.support.packages import TOLERANCE, make_inputs, oracle, relative_error, spec_of, unnamed
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -43,6 +43,22 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "shard": ({"hidden_size": 1024, "intermediate_size": 512, "parallel": (Parallel(ep=2),)}, LOW),
 }
 
+QUANTISED: dict[str, tuple[dict[str, Any], TileConfig]] = {
+    "fp8": ({**BLOCK, "num_experts": 32, "top_k": 8, "hidden_size": 2048, "intermediate_size": 768}, LOW_8),
+    "fp8, 8 warps": ({**BLOCK, "hidden_size": 2048, "intermediate_size": 768}, replace(LOW_8, num_warps=8)),
+    "fp8, high": ({**BLOCK, "top_k": 8, "hidden_size": 7168, "intermediate_size": 256}, HIGH_8),
+    "fp8, high, 4 warps": ({**BLOCK, "hidden_size": 1024, "intermediate_size": 512}, replace(HIGH_8, num_warps=4)),
+    "fp8, flat": ({**BLOCK, "top_k": 10, "hidden_size": 2048, "intermediate_size": 512}, FLAT_8),
+    "fp8, many tiles": ({**BLOCK, "hidden_size": 4096, "intermediate_size": 4096, "top_k": 2}, LOW_8),
+    "fp8, tails": ({**BLOCK, "hidden_size": 592, "intermediate_size": 272, "bias": True}, LOW_8),
+    "fp8, interleaved": ({**BLOCK, "hidden_size": 640, "activation": "swigluoai", "bias": True}, LOW_8),
+    "fp8, not gated": ({**BLOCK, "hidden_size": 1024, "activation": "relu2_no_mul"}, LOW_8),
+    "fp8, float16": ({**BLOCK, "hidden_size": 1024, "dtypes": ("float16",)}, LOW_8),
+    "fp8, ue8m0": ({"quant": ("fp8_w8a8:128x128ue8m0",), "hidden_size": 1024}, LOW_8),
+    "fp8, shard": ({**BLOCK, "hidden_size": 1024, "parallel": (Parallel(ep=2),)}, LOW_8),
+    "int8": ({"quant": ("int8_w8a8:128x128",), "hidden_size": 1024, "bias": True}, LOW_8),
+}
+
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
@@ -59,7 +75,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def make(case: str) -> ModuleType:
         if case not in built:
-            fields, tile = CASES[case]
+            fields, tile = {**CASES, **QUANTISED}[case]
             folder = tmp_path_factory.mktemp("package")
             built[case] = import_package(package_with_record(folder, fields, tile, device_facts(0)))
         return built[case]
@@ -150,6 +166,29 @@ def test_weight_on_input(case: str, build: Any) -> None:
     check(layer, arguments, got, apply_router_weight_on_input=True)
 
 
+@pytest.mark.parametrize("case", QUANTISED)
+def test_quantised(case: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the oracle, and against the portable family, which rounds to the same 8 bits."""
+    package = build(case)
+    layer, runtime = package.LAYERS[0], package.runtime
+    portable = package._dispatch._PACKAGE._configs.tiles(layer, 1, None, device_facts(0), portable=True)
+    seen = launches(package, monkeypatch)
+    mapped = layer.local_experts < layer.num_experts
+    for seed, padding in enumerate((0.0, 0.0, 0.4, 1.0)):
+        arguments = make_inputs(layer, 1, seed, "cuda", padding=padding, mapped=mapped, padded_rows=16 * seed)
+        got = package.fused_experts(**arguments)
+        assert torch.equal(got, package.fused_experts(**arguments))
+        assert relative_error(got, oracle(layer, arguments)) < 2e-2
+        weights = [unnamed(package, name, arguments) for name in ("w13", "w2")]
+        x, weight, ids = (arguments[name] for name in ("hidden_states", "topk_weights", "topk_ids"))
+        out = torch.full_like(x, float("nan"))
+        call = runtime.layer.Call(x, *weights, weight, ids, arguments.get("expert_map"), False, out)
+        runtime.layer.run(layer, call, portable)
+        assert relative_error(got, out) < 1e-2
+    assert not got.any()
+    assert set(seen) == {"stream"}
+
+
 def test_an_expert_map_to_oneself_changes_no_bit(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     package = build("plain")
     seen = launches(package, monkeypatch)
@@ -220,9 +259,10 @@ def test_a_warm_up_lets_it_be_captured(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(seen) == {"stream"}
 
 
-def test_thousand_replays_give_one_result(build: Any) -> None:
-    package = build("plain")
-    arguments = inputs(package.LAYERS[0], 0)
+@pytest.mark.parametrize("case", ["plain", "fp8"])
+def test_thousand_replays_give_one_result(case: str, build: Any) -> None:
+    package = build(case)
+    arguments = make_inputs(package.LAYERS[0], 1, 0, "cuda")
     first = package.fused_experts(**arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -236,9 +276,10 @@ def test_thousand_replays_give_one_result(build: Any) -> None:
             assert torch.equal(output.view(torch.int16), first.view(torch.int16))
 
 
-def test_streams_and_graphs_at_once(build: Any) -> None:
-    package = build("plain")
-    arguments = inputs(package.LAYERS[0], 0)
+@pytest.mark.parametrize("case", ["plain", "fp8"])
+def test_streams_and_graphs_at_once(case: str, build: Any) -> None:
+    package = build(case)
+    arguments = make_inputs(package.LAYERS[0], 1, 0, "cuda")
     first = package.fused_experts(**arguments)
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()

@@ -55,8 +55,9 @@ def test_illegal_on_other_gpus(target: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"w_bits": 8}, "not 8 and 16 bits"),
-        ({"a_bits": 8, "w_bits": 8}, "not 8 and 8 bits"),
+        ({"w_bits": 8}, "not 8 and 16 bits with groups of 0"),
+        ({"a_bits": 8, "w_bits": 8}, "not 8 and 8 bits with groups of 0"),
+        ({"a_bits": 8, "w_bits": 8, "group_k": 32, "group_n": 32}, "not 8 and 8 bits with groups of 32"),
         ({"a_bits": 32, "w_bits": 32}, "not 32 and 32 bits"),
         ({"depth": 2044}, "rows of 2044 values are not the multiple of 16 bytes"),
     ],
@@ -65,8 +66,48 @@ def test_illegal_gemms(fields: dict[str, Any], reason: str) -> None:
     assert reason in (why_illegal(TILE, replace(GEMM1, **fields), H200) or "")
 
 
-def test_two_blocks_fit_a_multiprocessor() -> None:
-    assert 2 * (shared_memory(TILE, GEMM1) + 1024) <= 233_472
+BLOCKS1, BLOCKS2 = (replace(gemm, a_bits=8, w_bits=8, group_k=128, group_n=128) for gemm in (GEMM1, GEMM2))
+TILE_8 = replace(TILE, num_warps=4, num_stages=11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "reason"),
+    [
+        ({"BLOCK_SIZE_K": 256}, {}, None),
+        ({"num_warps": 8}, {}, None),
+        ({"num_warps": 8, "BLOCK_SIZE_K": 256}, {}, "BLOCK_SIZE_N=16 is outside 32..64"),
+        ({"num_warps": 8, "BLOCK_SIZE_K": 256, "BLOCK_SIZE_N": 32}, {}, None),
+        ({}, {"depth": 2056}, "rows of 2056 values are not the multiple of 16 bytes"),
+        ({}, {"rows": 1544}, "BLOCK_SIZE_N=16 does not divide 1544 rows and the 128 of a scale"),
+        ({}, {"group_n": 8}, "BLOCK_SIZE_N=16 does not divide 1536 rows and the 8 of a scale"),
+        ({"num_stages": 28}, {}, "bytes of shared memory exceed the 232448 of NVIDIA H200"),
+        ({"num_stages": 18}, {"rows": 65536}, "bytes of shared memory exceed the 232448 of NVIDIA H200"),
+    ],
+)
+def test_legality_with_block_scales(changes: dict[str, Any], fields: dict[str, Any], reason: str | None) -> None:
+    assert why_illegal(TILE_8, BLOCKS1, H200) is None
+    assert why_illegal(TILE_8, BLOCKS2, H200) is None
+    found = why_illegal(replace(TILE_8, **changes), replace(BLOCKS1, **fields), H200)
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_block_scales_need_some_multiprocessors() -> None:
+    few = replace(H200, num_sms=16)
+    assert why_illegal(TILE, GEMM1, few) is None
+    assert "needs 64 multiprocessors, not 16" in (why_illegal(TILE_8, BLOCKS1, few) or "")
+
+
+def test_a_block_has_room_for_all_its_tiles() -> None:
+    for blocks in (64, 78, 132):
+        for fields in ({}, {"top_k": 3, "hidden_size": 656, "intermediate_size": 272}, {"intermediate_size": 14336}):
+            found = sizes(columns=8, depth=256, **fields)
+            assert -(-found.top_k * found.strips1 // blocks) * found.chunks1 <= found.tiles1
+            assert -(-found.strips2 // blocks) * found.top_k * found.chunks2 <= found.tiles2
+
+
+@pytest.mark.parametrize(("tile", "gemm"), [(TILE, GEMM1), (TILE_8, BLOCKS1), (TILE_8, BLOCKS2)])
+def test_two_blocks_fit_a_multiprocessor(tile: TileConfig, gemm: Gemm) -> None:
+    assert 2 * (shared_memory(tile, gemm) + 1024) <= 233_472
 
 
 # (top_k, hidden size, intermediate size) of models, with the fastest tile that was measured; docs/performance.md.
@@ -79,10 +120,11 @@ MEASURED = {
 }
 
 
-def gemms(top_k: int, hidden: int, intermediate: int, bits: int = 16) -> tuple[Gemm, Gemm]:
+def gemms(top_k: int, hidden: int, intermediate: int, bits: int = 16, group: int = 0) -> tuple[Gemm, Gemm]:
+    more = {"a_bits": bits, "w_bits": bits, "group_k": group, "group_n": group}
     return (
-        Gemm("gemm1", 128, top_k, 2 * intermediate, hidden, True, a_bits=bits, w_bits=bits, group_k=0),
-        Gemm("gemm2", 128, top_k, hidden, intermediate, False, a_bits=bits, w_bits=bits, group_k=0),
+        Gemm("gemm1", 128, top_k, 2 * intermediate, hidden, True, **more),
+        Gemm("gemm2", 128, top_k, hidden, intermediate, False, **more),
     )
 
 
@@ -93,6 +135,11 @@ def test_one_token_takes_it(model: str, low_latency: bool) -> None:
     tiles = default_tiles(*gemms(top_k, hidden, intermediate), 1, H200, low_latency)
     expected = TileConfig(1, rows, depth, PDL=True, num_warps=warps, num_stages=6, family="stream")
     assert tiles == LayerTiles(expected, expected)
+
+
+def test_one_token_of_8_bit_weights_takes_it_with_block_scales_only() -> None:
+    families = {default_tiles(*gemms(8, 2048, 768, bits=8, group=g), 1, H200, True).gemm1.family: g for g in (0, 128)}
+    assert families == {"portable": 0, "stream": 128}
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,13 @@ def test_a_perfect_warm_start_is_kept() -> None:
     assert (found.tiles, found.us) == (best, us)
 
 
+def test_closing_comes_between_the_last_measurement_and_the_comparison() -> None:
+    measurer = Watched(SWEEPS[16])
+    seen: list[tuple[int, int]] = []
+    found, _ = run(16, measurer, closing=lambda: seen.append((len(measurer.asked), len(measurer.finalists))))
+    assert seen == [(found.tried, 0)]
+
+
 def test_the_race_is_against_the_best_so_far() -> None:
     _, asked = run(16)
     assert asked.best[0] is None

@@ -1,0 +1,255 @@
+"""The kernel of the family "stream" for 8-bit weights and activations with block scales; see stream_kernel.py.
+
+The warps that multiply quantise the token before gemm1 and `hidden` behind the barrier over the grid, every block for
+itself: to the bits of runtime/quantise.py, but into shared memory. So no activation passes through a ring. The weight
+scales lie there as well. A block loads all that it needs at the start: one that is loaded when its tile arrives is
+late.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .decode import decode_scale
+from .kernel_parts import divide, group_scale, to_8_bit
+from .stream_kernel import LOADER_REGISTERS, new_ring, rows_of, store_hidden, stream_weights
+from .stream_parts import (
+    asm,
+    block_barrier,
+    expert_of,
+    next_stage,
+    scale_of,
+    share,
+    wait_for_grid,
+    wait_for_previous,
+)
+
+_PLAIN: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+_PLAIN2: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
+_PLAIN3: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
+
+
+@gluon.jit
+def _pass_barrier(grid_barrier, written, passed, S: gl.constexpr):
+    """One warp: the barrier over the grid when this block has written its part of `hidden`."""
+    wait_for_previous(S.pdl)
+    mbarrier.wait(written, 0)
+    wait_for_grid(grid_barrier)
+    mbarrier.arrive(passed, count=1)
+
+
+@gluon.jit
+def _quantise(source, ROWS: gl.constexpr, LENGTH: gl.constexpr, GROUPS: gl.constexpr, values, steps, S: gl.constexpr,
+              WARPS: gl.constexpr):  # fmt: skip
+    """source [ROWS, LENGTH] -> shared memory, GROUPS groups a row: values [segments, groups, 128], steps."""
+    SEGMENTS: gl.constexpr = values.shape[0]
+    EACH: gl.constexpr = values.shape[1]
+    LARGEST: gl.constexpr = 127.0 if values.dtype == gl.int8 else 448.0
+    L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    for segment in gl.static_range(SEGMENTS):
+        group = segment * EACH + gl.arange(0, EACH, layout=gl.SliceLayout(1, L))
+        row = gl.expand_dims(group // GROUPS, 1)
+        column = gl.expand_dims(group % GROUPS * 128, 1) + gl.expand_dims(
+            gl.arange(0, 128, layout=gl.SliceLayout(0, L)), 0
+        )
+        inside = (row < ROWS) & (column < LENGTH)
+        # Not from L1, which may hold what was there before the barrier.
+        loaded = gl.load(source + row * LENGTH + column, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
+        step = group_scale(gl.max(gl.abs(loaded), axis=1), 1e-10, LARGEST, S.ue8m0)
+        steps.index(segment).store(step)
+        values.index(segment).store(to_8_bit(divide(loaded, gl.expand_dims(step, 1)), LARGEST, values.dtype))
+
+
+@gluon.jit
+def _gather_scales(scale, routing, table, FIRST_GEMM: gl.constexpr, S: gl.constexpr, WARPS: gl.constexpr):
+    """The weight scales of every tile of this block, in order, into table [tiles, 2, groups of a tile]."""
+    TILES: gl.constexpr = table.shape[0]
+    IN: gl.constexpr = table.shape[2]
+    L: gl.constexpr = gl.BlockedLayout([1, 1, 1], [16 // IN, 2, IN], [WARPS, 1, 1], [2, 1, 0])
+    tile = gl.arange(0, TILES, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    if FIRST_GEMM:
+        CHUNKS: gl.constexpr = S.chunks1
+        ROWS: gl.constexpr = S.intermediate_size * 2 if S.gated else S.intermediate_size
+        GROUPS: gl.constexpr = (S.hidden_size + 127) // 128
+        unit = gl.minimum(share(S.top_k * S.strips1, gl.program_id(0))[0] + tile // CHUNKS, S.top_k * S.strips1 - 1)
+        slot = unit // S.strips1
+        row = unit % S.strips1 * S.columns
+    else:
+        CHUNKS: gl.constexpr = S.chunks2
+        ROWS: gl.constexpr = S.hidden_size
+        GROUPS: gl.constexpr = (S.intermediate_size + 127) // 128
+        strip = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))[0] + tile // (CHUNKS * S.top_k)
+        slot = tile // CHUNKS % S.top_k
+        row = gl.minimum(strip, S.strips2 - 1) * S.columns
+    ROW_GROUPS: gl.constexpr = (ROWS + S.group_n - 1) // S.group_n
+    expert = gl.maximum(expert_of(routing, slot, S), 0).to(gl.int64)
+    half = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    half = gl.expand_dims(gl.expand_dims(half, 0), 2)
+    group = tile % CHUNKS * IN
+    group = gl.expand_dims(gl.expand_dims(group, 1), 2)
+    group += gl.expand_dims(gl.expand_dims(gl.arange(0, IN, layout=gl.SliceLayout(0, gl.SliceLayout(1, L))), 0), 1)
+    row = gl.expand_dims(gl.expand_dims(row, 1), 2)
+    row = 2 * row + half if FIRST_GEMM and S.interleaved else half * (ROWS // 2) + row
+    start = gl.expand_dims(gl.expand_dims(expert * (ROW_GROUPS * GROUPS), 1), 2)
+    stored = gl.load(scale + start + row // S.group_n * GROUPS + gl.minimum(group, GROUPS - 1))
+    table.store(decode_scale(stored))
+
+
+@gluon.jit
+def _products(w, a):
+    """w · a, to be summed: float32, or for integers int32 sums of four with zeros between."""
+    if w.dtype == gl.int8:
+        asm: gl.constexpr = "dp4a.s32.s32 $0, $4, $5, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
+        w, a = gl.broadcast(w, a)
+        return gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r", [w, a], dtype=gl.int32, is_pure=True, pack=4)
+    else:
+        return w.to(gl.float32) * a.to(gl.float32)
+
+
+@gluon.jit
+def _dot(acc, scale, CHUNKS: gl.constexpr, tile, chunk, place, ring, table, values, steps, S: gl.constexpr,
+         TILE: gl.constexpr):  # fmt: skip
+    """acc + Σ_k tile · row · scales over the tiles of one unit and slot; the row's chunks start at `chunk`."""
+    ACC: gl.constexpr = acc.type.layout
+    HALVES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(4, ACC)))
+    IN: gl.constexpr = S.depth // 128
+    stage, phase = place
+    for k in range(CHUNKS):
+        factor = table.index(tile + k).load(HALVES)
+        factor *= gl.expand_dims(steps.index(chunk + k).load(gl.SliceLayout(0, HALVES)) * scale, 0)
+        factor = gl.expand_dims(gl.expand_dims(gl.expand_dims(factor, 0), 2), 4)
+        a = values.index(chunk + k).load(gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, TILE))))
+        a = gl.expand_dims(gl.expand_dims(gl.expand_dims(a, 0), 1), 2)
+        mbarrier.wait(ring[2].index(stage), phase)
+        products = _products(ring[0].index(stage).load(TILE), a)
+        mbarrier.arrive(ring[1].index(stage), count=1)
+        stage, phase = next_stage(stage, phase, S.stages)
+        sums = gl.sum(gl.reshape(products, (1, 2, S.columns, IN, 8, 16)), axis=5).to(gl.float32)
+        acc += gl.convert_layout(sums, ACC, assert_trivial=True) * factor
+    return acc, (stage, phase)
+
+
+@gluon.jit
+def _total(acc):
+    """[1, 2, columns]"""
+    return gl.sum(gl.sum(acc, axis=4), axis=3)
+
+
+@gluon.jit
+def _multiply(
+    x, w13_scale, w2_scale, w13_bias, w2_bias, hidden, out, routing, ring, written, passed, shared,
+    ACTIVATION: gl.constexpr, S: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """gemm1 with activation for this block's units, then gemm2 with the sum over slots for its strips."""
+    (x_values, x_steps, h_values, h_steps, table1, table2) = shared
+    wait_for_previous(S.pdl)
+    if S.pdl:
+        asm("griddepcontrol.launch_dependents")
+    IN: gl.constexpr = S.depth // 128
+    COLUMNS: gl.constexpr = S.columns
+    ALONG: gl.constexpr = S.depth // 16 if S.depth < 512 else 32  # lanes along a row, with 16 bytes each at a time
+    EACH: gl.constexpr = COLUMNS * ALONG // (32 * WARPS)
+    TILE: gl.constexpr = gl.BlockedLayout([1, 2, EACH, 16], [1, 1, 32 // ALONG, ALONG], [1, 1, WARPS, 1], [3, 2, 1, 0])
+    FINE: gl.constexpr = gl.BlockedLayout(
+        [1, 2, EACH, 1, 1, 16], [1, 1, 32 // ALONG, ALONG // 8, 8, 1], [1, 1, WARPS, 1, 1, 1], [5, 4, 3, 2, 1, 0]
+    )
+    nothing = gl.zeros((1, 2, COLUMNS, IN, 8), gl.float32, layout=gl.SliceLayout(5, FINE))
+    _gather_scales(w13_scale, routing, table1, True, S, WARPS)
+    _gather_scales(w2_scale, routing, table2, False, S, WARPS)
+    _quantise(x, 1, S.hidden_size, S.chunks1 * IN, x_values, x_steps, S, WARPS)
+    table1 = table1._reinterpret(gl.float32, [table1.shape[0], 2, IN], _PLAIN2)
+    table2 = table2._reinterpret(gl.float32, [table2.shape[0], 2, IN], _PLAIN2)
+    X_CHUNKS: gl.constexpr = x_values.shape[0] * x_values.shape[1] // IN
+    H_CHUNKS: gl.constexpr = h_values.shape[0] * h_values.shape[1] // IN
+    values = x_values._reinterpret(x_values.dtype, [X_CHUNKS, S.depth], _PLAIN)
+    steps = x_steps._reinterpret(gl.float32, [X_CHUNKS, IN], _PLAIN)
+    place = (0, 0)
+    first, last = share(S.top_k * S.strips1, gl.program_id(0))
+    for unit in range(first, last):
+        slot = unit // S.strips1
+        expert = expert_of(routing, slot, S)
+        if expert >= 0:
+            scale = scale_of(routing, slot, S.weight_on_input)
+            acc, place = _dot(
+                nothing, scale, S.chunks1, (unit - first) * S.chunks1, 0, place, ring, table1, values, steps, S, TILE
+            )
+            store_hidden(_total(acc), w13_bias, hidden, slot, expert, unit % S.strips1, ACTIVATION, S)
+    block_barrier()
+    mbarrier.arrive(written, count=1)
+
+    mbarrier.wait(passed, 0)
+    _quantise(hidden, S.top_k, S.intermediate_size, S.chunks2 * IN, h_values, h_steps, S, WARPS)
+    values = h_values._reinterpret(h_values.dtype, [H_CHUNKS, S.depth], _PLAIN)
+    steps = h_steps._reinterpret(gl.float32, [H_CHUNKS, IN], _PLAIN)
+    half_rows: gl.constexpr = S.hidden_size // 2
+    first, last = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))
+    for strip in range(first, last):
+        acc = nothing
+        biases = _total(nothing)
+        row, half = rows_of(strip, biases, S)
+        inside = (row < half_rows) & (half < 2)
+        for slot in range(S.top_k):
+            expert = expert_of(routing, slot, S)
+            if expert >= 0:
+                scale = scale_of(routing, slot, not S.weight_on_input)
+                if w2_bias is not None:
+                    bias = gl.load(w2_bias + expert * S.hidden_size + half * half_rows + row, mask=inside, other=0.0)
+                    biases += bias.to(gl.float32) * scale
+                tile = ((strip - first) * S.top_k + slot) * S.chunks2
+                acc, place = _dot(
+                    acc, scale, S.chunks2, tile, slot * S.chunks2, place, ring, table2, values, steps, S, TILE
+                )
+        total = _total(acc)
+        if w2_bias is not None:
+            total += biases
+        gl.store(out + half * half_rows + row, total.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _new_rows(dtype, SEGMENTS: gl.constexpr, S: gl.constexpr):
+    """Shared memory for quantised groups of 128 values, in segments that the block makes at a time, and their steps."""
+    values = gl.allocate_shared_memory(dtype, [SEGMENTS, S.segment, 128], _PLAIN2)
+    return values, gl.allocate_shared_memory(gl.float32, [SEGMENTS, S.segment], _PLAIN)
+
+
+@gluon.jit(do_not_specialize_on_alignment=["topk_weights", "topk_ids", "expert_map"])
+def stream_layer_w8a8(
+    w13,  # descriptor [E, 2, rows / 2, H]: gate and up rows, or two halves; block [1, 2, columns, depth]
+    w2,  # descriptor [E, 2, H / 2, I], the same block
+    w13_scale,  # [E, ceil(rows / group_n), ceil(H / 128)] float32 or e8m0
+    w2_scale,  # [E, ceil(H / group_n), ceil(I / 128)]
+    x,  # [H]
+    hidden,  # [k, I], scratch
+    out,  # [H]
+    w13_bias,  # [E, rows] or None
+    w2_bias,  # [E, H] or None
+    topk_weights,  # [k]
+    topk_ids,  # [k]
+    expert_map,  # global -> local expert, or None
+    grid_barrier,  # [1] int32, zero when it is new; nothing else that runs at the same time may use it
+    ACTIVATION: gl.constexpr,
+    S: gl.constexpr,  # StreamSizes
+    num_warps: gl.constexpr,
+):
+    """out = Σ_j weight_j · expert_j(x), the whole layer."""
+    IN: gl.constexpr = S.depth // 128
+    ring = new_ring(w13, S.stages)
+    once = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(3):
+        mbarrier.init(once.index(i), count=1)
+    x_values, x_steps = _new_rows(w13.dtype, S.segments1, S)
+    h_values, h_steps = _new_rows(w13.dtype, S.segments2, S)
+    table1 = gl.allocate_shared_memory(gl.float32, [S.tiles1, 2, IN], _PLAIN3)
+    table2 = gl.allocate_shared_memory(gl.float32, [S.tiles2, 2, IN], _PLAIN3)
+    shared = (x_values, x_steps, h_values, h_steps, table1, table2)
+    routing = (topk_weights, topk_ids, expert_map)
+    gl.warp_specialize(
+        [
+            (_multiply, (x, w13_scale, w2_scale, w13_bias, w2_bias, hidden, out, routing, ring, once.index(1),
+                         once.index(2), shared, ACTIVATION, S, num_warps)),
+            (stream_weights, (w13, w2, routing, ring, once.index(0), S)),
+            (_pass_barrier, (grid_barrier, once.index(1), once.index(2), S)),
+        ],
+        [1, 1],
+        [LOADER_REGISTERS, LOADER_REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,235 @@
+"""The kernels of the family "stream" run as ordinary Python on torch tensors: what they compute, without layouts, rings
+and barriers. Blocks run one after another, the whole grid twice: the second time `hidden` is what the first one wrote.
+"""
+
+import types
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+
+from moegen.runtime import stream, stream_kernel, stream_w8a8
+from moegen.runtime.stream_sizes import StreamSizes
+
+
+class Values(torch.Tensor):
+    """A tensor of the language, which nothing changes in place."""
+
+    type = property(lambda _: SimpleNamespace(layout=None))  # type: ignore[assignment]
+
+    def __iadd__(self, other: Any) -> "Values":  # type: ignore[override, misc]
+        return self + other  # type: ignore[no-any-return]
+
+    def __imul__(self, other: Any) -> "Values":  # type: ignore[override, misc]
+        return self * other  # type: ignore[no-any-return]
+
+
+class Pointer:
+    """A pointer, or a block of them, into a contiguous tensor."""
+
+    def __init__(self, memory: torch.Tensor, offset: Any = 0) -> None:
+        self.memory, self.offset = memory, offset
+        self.dtype = SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, offset: Any) -> "Pointer":
+        return Pointer(self.memory, self.offset + offset)
+
+
+class Shared:
+    """Shared memory."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory, self.shape, self.dtype = memory, list(memory.shape), memory.dtype
+
+    def index(self, index: Any) -> "Shared":
+        return Shared(self.memory[int(index)])
+
+    def load(self, _layout: object) -> Values:
+        return self.memory.clone().as_subclass(Values)
+
+    def store(self, values: torch.Tensor) -> None:
+        assert values.dtype == self.dtype
+        assert values.shape == self.memory.shape
+        self.memory.copy_(values)
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], _layout: object) -> "Shared":
+        assert dtype == self.dtype
+        return Shared(self.memory.view(shape))
+
+
+class Ring:
+    """What one warp loads and others take, in order."""
+
+    def __init__(self) -> None:
+        self.tiles: list[torch.Tensor] = []
+
+    def index(self, _stage: object) -> "Ring":
+        return self
+
+    def load(self, _layout: object) -> Values:
+        return self.tiles.pop(0).as_subclass(Values)
+
+
+def read_block(descriptor: Any, start: list[Any]) -> torch.Tensor:
+    """A block of a descriptor; zero outside."""
+    seen = torch.as_strided(descriptor.base, descriptor.shape, descriptor.strides, descriptor.base.storage_offset())
+    block = torch.zeros(descriptor.block_shape, dtype=seen.dtype)
+    where = [slice(int(a), int(a) + size) for a, size in zip(start, descriptor.block_shape, strict=True)]
+    inside = seen[tuple(where)]
+    block[tuple(slice(0, size) for size in inside.shape)] = inside
+    return block
+
+
+def _load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: object) -> Any:
+    index = torch.as_tensor(pointer.offset)
+    mask = torch.as_tensor(True if mask is None else mask).expand(index.shape)
+    found = pointer.memory.flatten()[torch.where(mask, index, 0)]
+    return torch.where(mask, found, torch.tensor(other).to(found.dtype)).as_subclass(Values)
+
+
+def _store(pointer: Pointer, values: torch.Tensor, mask: Any = None) -> None:
+    index, values = torch.broadcast_tensors(torch.as_tensor(pointer.offset), values)
+    mask = torch.as_tensor(True if mask is None else mask).expand(index.shape)
+    assert values.dtype == pointer.memory.dtype
+    pointer.memory.view(-1)[index[mask]] = values[mask]
+
+
+def _split(values: torch.Tensor) -> tuple[Values, Values]:
+    first, second = values.unbind(-1)
+    return first.as_subclass(Values), second.as_subclass(Values)
+
+
+def _where(condition: Any, one: Any, other: Any) -> Any:
+    if isinstance(condition, bool):
+        return one if condition else other
+    return torch.where(condition, one, other).as_subclass(Values)
+
+
+def _either(pick: Callable[..., Any], a: Any, b: Any) -> Any:
+    return pick(torch.as_tensor(a), torch.as_tensor(b)).as_subclass(Values)
+
+
+def language(block: int, blocks: int) -> SimpleNamespace:
+    """As much of `gl` as the kernels use."""
+    nothing = lambda *_, **__: None  # noqa: E731
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "int8", "uint8", "int32", "int64")}
+    return SimpleNamespace(
+        **dtypes,
+        constexpr=int,
+        static_range=range,
+        program_id=lambda _: block,
+        num_programs=lambda _: blocks,
+        BlockedLayout=nothing,
+        SliceLayout=nothing,
+        arange=lambda start, end, **_: torch.arange(start, end).as_subclass(Values),
+        zeros=lambda shape, dtype, **_: torch.zeros(shape, dtype=dtype).as_subclass(Values),
+        expand_dims=lambda values, axis: values.unsqueeze(axis),
+        reshape=lambda values, shape: values.reshape(shape),
+        permute=lambda values, order: values.permute(order),
+        convert_layout=lambda values, _, **__: values,
+        broadcast=torch.broadcast_tensors,
+        split=_split,
+        sum=lambda values, axis: values.sum(axis, dtype=values.dtype),
+        max=lambda values, axis: values.amax(axis),
+        abs=torch.abs,
+        minimum=lambda a, b: _either(torch.minimum, a, b),
+        maximum=lambda a, b: _either(torch.maximum, a, b),
+        where=_where,
+        load=_load,
+        store=_store,
+    )
+
+
+def _group_scale(largest: torch.Tensor, least: float, most: float, ue8m0: bool) -> torch.Tensor:
+    step = largest.clamp_min(least) / most
+    return torch.exp2(torch.ceil(torch.log2(step))) if ue8m0 else step
+
+
+def _to_8_bit(scaled: torch.Tensor, most: float, dtype: torch.dtype) -> torch.Tensor:
+    scaled = scaled.clamp(-most, most)
+    return ((scaled + 0.5).floor() if dtype == torch.int8 else scaled).to(dtype)
+
+
+def _decode_scale(stored: torch.Tensor) -> torch.Tensor:
+    return torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
+
+
+def as_python(block: int, blocks: int) -> Callable[[ModuleType], SimpleNamespace]:
+    """The functions of a kernel's module as Python functions of one block."""
+    nothing = lambda *_, **__: None  # noqa: E731
+    stand_ins: dict[str, Any] = {
+        "gl": language(block, blocks),
+        "mbarrier": SimpleNamespace(wait=nothing, arrive=nothing),
+        "asm": nothing,
+        "block_barrier": nothing,
+        "wait_for_previous": nothing,
+        "wait_for_grid": nothing,
+        "fetch_descriptors": nothing,
+        "load_tile": lambda desc, start, _stage, _phase, ring, *_: (ring.tiles.append(read_block(desc, start)), 0),
+        "to_float32": lambda values: values.float(),
+        "_products": lambda w, a: w.float() * a.float(),
+        "group_scale": _group_scale,
+        "divide": lambda values, step: values / step,
+        "to_8_bit": _to_8_bit,
+        "decode_scale": _decode_scale,
+    }
+    made: dict[str, dict[str, Any]] = {}
+
+    def globals_of(module: dict[str, Any]) -> dict[str, Any]:
+        name = module["__name__"]
+        if name not in made:
+            made[name] = own = {**module, **stand_ins}
+            for key, value in module.items():
+                if isinstance(value, triton.JITFunction) and key not in stand_ins:
+                    function = value.fn
+                    own[key] = types.FunctionType(function.__code__, globals_of(function.__globals__), key)
+        return made[name]
+
+    return lambda module: SimpleNamespace(**globals_of(vars(module)))
+
+
+def run_as_python(
+    sizes: StreamSizes,
+    call: Any,
+    activation: Callable[..., torch.Tensor],
+    blocks: int = 66,
+) -> torch.Tensor:
+    """call.out of a whole launch of `blocks` blocks, from a Call on CPU tensors; memory that nobody wrote is NaN."""
+    x, w13, w2 = call.hidden_states, call.w13, call.w2
+    hidden = torch.full((sizes.top_k, sizes.intermediate_size), float("nan"), dtype=x.dtype)
+    descriptors = [
+        stream._weight_descriptor(w13.values, x, sizes, sizes.interleaved),
+        stream._weight_descriptor(w2.values, x, sizes, False),
+    ]
+    routing = tuple(None if t is None else Pointer(t) for t in (call.topk_weights, call.topk_ids, call.expert_map))
+    biases = [None if w.bias is None else Pointer(w.bias) for w in (w13, w2)]
+    module = stream_w8a8 if sizes.group_n else stream_kernel
+    for block in [*range(blocks), *range(blocks)]:
+        kernel, ring, rows = as_python(block, blocks)(module), Ring(), Ring()
+        kernel.stream_weights(*descriptors, routing, (ring, None, ring), SimpleNamespace(), sizes)
+        pointers = (*biases, Pointer(hidden), Pointer(call.out), routing, (ring, ring, ring))
+        if sizes.group_n:
+            scales = [Pointer(stream._bytes(w.scale)) for w in (w13, w2)]
+            shared = tuple(Shared(memory) for memory in _shared_memory(sizes, w13.values.dtype))
+            kernel._multiply(
+                Pointer(x), *scales, *pointers, None, None, shared, activation, sizes, sizes.warps
+            )  # fmt: skip
+        else:
+            descs = [stream._row_descriptor(rows_, sizes) for rows_ in (x, hidden)]
+            kernel._stream_rows(*descs, routing, None, (rows, None, rows), None, None, sizes)
+            kernel._multiply(*pointers, (rows, rows, rows), None, activation, sizes, sizes.warps)
+        assert not ring.tiles, "a tile was loaded that nobody took"
+        assert not rows.tiles
+    return call.out
+
+
+def _shared_memory(sizes: StreamSizes, dtype: torch.dtype) -> list[torch.Tensor]:
+    """What stream_layer_w8a8 allocates."""
+    nan = float("nan")
+    rows = []
+    for count in (sizes.segments1, sizes.segments2):
+        rows += [torch.zeros(count, sizes.segment, 128, dtype=dtype), torch.full((count, sizes.segment), nan)]
+    tables = [torch.full((count, 2, sizes.tile_groups), nan) for count in (sizes.tiles1, sizes.tiles2)]
+    return rows + tables

@@ -1,0 +1,98 @@
+"""What the kernels of the family "stream" compute, run as Python (tests/support/gluon.py), against the reference."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from moegen.device import TARGETS
+from moegen.runtime.layer import Call
+from moegen.runtime.reference import apply_activation
+from moegen.runtime.stream import stream_sizes
+from moegen.runtime.stream_sizes import StreamSizes
+from moegen.runtime.tile import TileConfig, why_illegal
+from moegen.runtime.weight import Weight
+from moegen.spec import Parallel
+from tests.support.gluon import run_as_python
+from tests.support.packages import make_inputs, oracle, relative_error
+
+H200 = TARGETS["cuda:90"]
+SHARD = (Parallel(ep=2),)
+SMALL = {"num_experts": 6, "top_k": 3, "hidden_size": 640, "intermediate_size": 272}
+LOW = TileConfig(1, 16, 512, PDL=True, num_warps=4, num_stages=6, family="stream")
+HIGH = TileConfig(1, 32, 256, PDL=True, num_warps=8, num_stages=6, family="stream")
+FLAT = TileConfig(1, 16, 256, PDL=True, num_warps=4, num_stages=6, family="stream")
+CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
+    "16 bit, low": ({}, LOW),
+    "16 bit, high, bias": ({"bias": True}, HIGH),
+    "16 bit, interleaved": ({"activation": "swigluoai", "bias": True, "dtypes": ("float16",)}, LOW),
+    "16 bit, not gated": ({"activation": "relu2_no_mul"}, LOW),
+    "16 bit, tails": ({"hidden_size": 328, "intermediate_size": 136}, LOW),
+    "16 bit, shard": ({"parallel": SHARD}, LOW),
+    "fp8, low": ({"quant": ("fp8_w8a8:128x128",)}, LOW),
+    "fp8, high, bias": ({"quant": ("fp8_w8a8:128x128",), "intermediate_size": 320, "bias": True}, HIGH),
+    "fp8, flat": ({"quant": ("fp8_w8a8:128x128",)}, FLAT),
+    "fp8, ue8m0": ({"quant": ("fp8_w8a8:128x128ue8m0",)}, LOW),
+    "fp8, interleaved": ({"quant": ("fp8_w8a8:128x128",), "activation": "swigluoai", "bias": True}, LOW),
+    "fp8, not gated": ({"quant": ("fp8_w8a8:128x128",), "activation": "relu2_no_mul"}, FLAT),
+    "fp8, many tiles": ({"quant": ("fp8_w8a8:128x128",), "hidden_size": 2304, "intermediate_size": 1152}, LOW),
+    "fp8, shard": ({"quant": ("fp8_w8a8:128x128",), "parallel": SHARD}, LOW),
+    "int8": ({"quant": ("int8_w8a8:128x128",), "bias": True}, LOW),
+}
+
+
+def run(
+    package: ModuleType, arguments: dict[str, Any], tile: TileConfig, on_input: bool = False
+) -> tuple[torch.Tensor, StreamSizes]:
+    layer, x = package.LAYERS[0], arguments["hidden_states"]
+    for op in ("gemm1", "gemm2"):
+        assert why_illegal(tile, layer.gemm(op), H200) is None
+    weights = [Weight.of(name, arguments[name], arguments) for name in ("w13", "w2")]
+    routing = (arguments["topk_weights"], arguments["topk_ids"], arguments.get("expert_map"), on_input)
+    sizes = stream_sizes(layer, tile, on_input)
+
+    def activation(*sides: torch.Tensor) -> torch.Tensor:
+        together = torch.stack(sides, -1).flatten(-2) if layer.activation.interleaved else torch.cat(sides, -1)
+        return apply_activation(together, layer.activation)
+
+    return run_as_python(sizes, Call(x, *weights, *routing, torch.full_like(x, float("nan"))), activation), sizes
+
+
+def check(package: ModuleType, arguments: dict[str, Any], tile: TileConfig, on_input: bool = False) -> None:
+    layer = package.LAYERS[0]
+    got, _ = run(package, arguments, tile, on_input)
+    want = oracle(layer, arguments, apply_router_weight_on_input=on_input)
+    # Both round `hidden` to 8 bits, where sums that differ in their order may fall to either side.
+    assert relative_error(got, want) < (5e-3 if layer.quant == "none" else 2e-2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_token(case: str, build: Callable[..., ModuleType]) -> None:
+    fields, tile = CASES[case]
+    package = build(**{**SMALL, **fields})
+    layer = package.LAYERS[0]
+    check(package, make_inputs(layer, 1), tile)
+    if "shard" in case:
+        check(package, make_inputs(layer, 1, 1, mapped=True), tile)
+        check(package, make_inputs(layer, 1, 2, mapped=True, padding=0.3), tile)
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8_w8a8:128x128"])
+def test_padding_and_repeats(quant: str, build: Callable[..., ModuleType]) -> None:
+    package = build(**SMALL, quant=(quant,), bias=True)
+    layer = package.LAYERS[0]
+    arguments = make_inputs(layer, 1, 3, padded_rows=16)
+    for ids in ([[-1, 2, 4]], [[5, -1, 5]], [[6, 100, 3]]):
+        check(package, {**arguments, "topk_ids": torch.tensor(ids)}, LOW)
+    got, _ = run(package, {**arguments, "topk_ids": torch.full((1, 3), -1)}, LOW)
+    assert not got.any()
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8_w8a8:128x128"])
+def test_weight_on_input(quant: str, build: Callable[..., ModuleType]) -> None:
+    package = build(**{**SMALL, "top_k": 1}, quant=(quant,), bias=True)
+    arguments = make_inputs(package.LAYERS[0], 1, 4)
+    arguments["topk_weights"] = arguments["topk_weights"] * 0.3
+    check(package, arguments, LOW, on_input=True)
