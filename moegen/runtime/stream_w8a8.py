@@ -157,6 +157,7 @@ def _multiply(
     _gather_scales(w13_scale, routing, table1, True, S, WARPS)
     _gather_scales(w2_scale, routing, table2, False, S, WARPS)
     _quantise(x, 1, S.hidden_size, S.chunks1 * IN, x_values, x_steps, S, WARPS)
+    block_barrier()  # here, or the compiler puts it into the loop
     table1 = table1._reinterpret(gl.float32, [table1.shape[0], 2, IN], _PLAIN2)
     table2 = table2._reinterpret(gl.float32, [table2.shape[0], 2, IN], _PLAIN2)
     X_CHUNKS: gl.constexpr = x_values.shape[0] * x_values.shape[1] // IN
@@ -179,6 +180,7 @@ def _multiply(
 
     mbarrier.wait(passed, 0)
     _quantise(hidden, S.top_k, S.intermediate_size, S.chunks2 * IN, h_values, h_steps, S, WARPS)
+    block_barrier()
     values = h_values._reinterpret(h_values.dtype, [H_CHUNKS, S.depth], _PLAIN)
     steps = h_steps._reinterpret(gl.float32, [H_CHUNKS, IN], _PLAIN)
     half_rows: gl.constexpr = S.hidden_size // 2
