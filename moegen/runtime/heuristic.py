@@ -46,13 +46,17 @@ def family_tiles(family: str, gemm1: Gemm, gemm2: Gemm, block_m: int, device: De
 def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:
     """Low tiles, for even shares, unless a block has many or rows of w2 do not fill them.
 
-    The fastest of up to nine for each of Qwen3-30B-A3B, Qwen3-Next, DeepSeek-V3 TP8 and gpt-oss-120b on an H200
-    (docs/performance.md).
+    Within 2 % of the fastest of up to nine for each of six shapes in bf16 and three in block fp8 on an H200
+    (docs/results/experiments/h200-tiles-of-one-and-four-tokens.csv).
     """
-    if gemm2.depth < 512 or gemm1.top_k * gemm1.rows >= 32 * 4 * device.num_sms:
-        tile = TileConfig(block_m, 32, 256, PDL=device.has_pdl, num_warps=8, num_stages=6, family="stream")
+    quantised, many = gemm1.is_w8a8, gemm1.top_k * gemm1.rows >= 32 * 4 * device.num_sms
+    if gemm2.depth <= 256 or (many and not quantised):
+        rows, depth, warps, stages = 32, 256, 8, 6
+    elif many:
+        rows, depth, warps, stages = 32, 512, 8, 5
     else:
-        tile = TileConfig(block_m, 16, 512, PDL=device.has_pdl, num_warps=4, num_stages=6, family="stream")
+        rows, depth, warps, stages = (16, 512, 8, 11) if quantised else (16, 512, 4, 6)
+    tile = TileConfig(block_m, rows, depth, PDL=device.has_pdl, num_warps=warps, num_stages=stages, family="stream")
     return LayerTiles(tile, tile)
 
 

@@ -11,7 +11,17 @@ from moegen.plan import Plan, make_plan
 from moegen.spec import MoESpec, Parallel, Shape, VariantSpec
 
 # Beside the layer's own module: every kernel that a call launches, and the functions that generated ones call.
-_RUNTIME = ("align", "kernel_parts", "quantise", "reduce")
+_RUNTIME = (
+    "align",
+    "decode",
+    "kernel_parts",
+    "quantise",
+    "reduce",
+    "stream_kernel",
+    "stream_parts",
+    "stream_sizes",
+    "stream_w8a8",
+)
 _LENGTH = 16
 
 
