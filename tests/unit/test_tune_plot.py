@@ -45,7 +45,7 @@ def test_convergence() -> None:
 def test_roofline() -> None:
     rows = plot._bench_rows(BENCH)
     picture = roofline(rows)
-    assert {line.label.split(", ")[-1] for line in picture.lines} == {"moegen", "vllm"}
+    assert {"moegen", "vllm"} <= {line.label.split(", ")[-1] for line in picture.lines}
     for line in picture.lines:
         assert [x for x, _ in line.points] == sorted(x for x, _ in line.points)
         assert all(0 < y <= 1.2 for _, y in line.points)
