@@ -97,7 +97,11 @@ def _tiles(path: Path, key: str, entry: object, layer: Layer, device: DeviceFact
         raise RecordError(f"{path}: buckets.{key}: family of gemm1 and gemm2 are {names}; allowed: one value")
     if tiles["gemm1"].family == "stream" and (key != "1" or tiles["gemm1"] != tiles["gemm2"]):
         raise RecordError(f"{path}: buckets.{key}: family=stream is for bucket 1, with one tile config for both GEMMs")
-    return LayerTiles(tiles["gemm1"], tiles["gemm2"])
+    low_latency = entry.get("low_latency") if isinstance(entry, dict) else None
+    if low_latency is not None and (type(low_latency) is not bool or tiles["gemm1"].family != "portable"):
+        allowed = "true or false" if tiles["gemm1"].family == "portable" else "nothing, its family has one assignment"
+        raise RecordError(f"{path}: buckets.{key}.low_latency: {low_latency!r} is not allowed; allowed: {allowed}")
+    return LayerTiles(tiles["gemm1"], tiles["gemm2"], low_latency=low_latency)
 
 
 class Configs:

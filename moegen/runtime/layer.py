@@ -93,10 +93,16 @@ class Call:
 
 
 def is_low_latency(layer: Layer, tokens: int, expert_map: torch.Tensor | None) -> bool:
-    """Whether a call of `tokens` tokens takes the low-latency assignment."""
+    """Whether a call of `tokens` tokens takes the low-latency assignment, unless its tiles say otherwise."""
     # Weights with K groups take it as well, unlike in vLLM, whose group kernel has no such path; docs/performance.md
     # has the figures. `_prepare_expert_assignment` keeps vLLM's rule.
     return low_latency_applies(tokens, layer.top_k, layer.local_experts, expert_map)
+
+
+def _takes_low_latency(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> bool:
+    if tiles.low_latency is None or expert_map is not None:
+        return is_low_latency(layer, tokens, expert_map)
+    return tiles.low_latency
 
 
 def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> tuple[object, ...]:
@@ -104,7 +110,7 @@ def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.T
     if tiles.gemm1.family == "stream":
         return (tiles,)
     reduce_key = reduce_launch_key(tokens, layer.hidden_size, layer.dtype.itemsize)
-    if is_low_latency(layer, tokens, expert_map) and tiles.gemm1.family != "tma":
+    if tiles.gemm1.family != "tma" and _takes_low_latency(layer, tokens, tiles, expert_map):
         return tiles, reduce_key, None
     return tiles, reduce_key, align_launch_key(tokens * layer.top_k, _aligned_experts(layer, expert_map))
 
@@ -125,7 +131,7 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()
     assignment: Assignment
-    if is_low_latency(layer, x.shape[0], call.expert_map):
+    if _takes_low_latency(layer, x.shape[0], tiles, call.expert_map):
         # What _prepare_expert_assignment returns, less its fill launch: the kernels count the slots themselves.
         assignment = (None, call.topk_ids.view(-1), None)
         num_blocks = slots

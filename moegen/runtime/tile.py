@@ -1,6 +1,6 @@
 """TileConfig and its legality: the only ones, shared by dispatcher, tuner and validator."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 
 from .device import DeviceFacts
 from .stream_sizes import stream_memory, why_illegal_stream
@@ -61,10 +61,16 @@ class TileConfig:
 
 @dataclass(frozen=True, slots=True)
 class LayerTiles:
-    """The tile configs of one layer at one token bucket; both GEMMs read one assignment, hence one BLOCK_SIZE_M."""
+    """The tile configs of one layer at one token bucket; both GEMMs read one assignment, hence one BLOCK_SIZE_M.
+
+    low_latency  whether calls without an expert_map take the low-latency assignment; None = by the rule. Of the
+                 portable family only: the others have one assignment each
+    """
 
     gemm1: TileConfig
     gemm2: TileConfig
+    _: KW_ONLY
+    low_latency: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ def jobs_of(folder: Path, slug: str, device: DeviceFacts, tokens: int, tiles: La
     """
 
     def job(op: str, first: TileConfig, second: TileConfig) -> Job:
-        return Job(folder, slug, device, tokens, op, LayerTiles(first, second))
+        return Job(folder, slug, device, tokens, op, LayerTiles(first, second, low_latency=tiles.low_latency))
 
     if tiles.gemm1.family == "stream":  # one kernel, which is neither GEMM's own
         return [job("others", tiles.gemm1, tiles.gemm1)]

@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.queue import Queue
-from moegen.tune.trial import Measurement, Measurer
+from moegen.tune.trial import Measurement, Measurer, plain_tiles
 
 OPS = ("gemm1", "gemm2")
 STATES = {"ok": TrialState.COMPLETE, "slow": TrialState.PRUNED}  # of the others, FAIL
@@ -113,7 +113,7 @@ class _Remembering:
     def compare(self, tokens: int, finalists: Sequence[LayerTiles]) -> list[Measurement]:
         """One trial holds the whole comparison, so that none is ever half written."""
         _, study = self._bucket(tokens)
-        asked = [[tile.to_dict() for tile in (pair.gemm1, pair.gemm2)] for pair in finalists]
+        asked = [plain_tiles(pair) for pair in finalists]
         for trial in study.get_trials(deepcopy=False):
             compared = trial.user_attrs.get(COMPARED, {})
             if compared.get("finalists") == asked:
@@ -151,7 +151,11 @@ def _trial(tiles: LayerTiles, found: Measurement, attributes: dict[str, Any]) ->
         value=found.us if found.status == "ok" else None,
         params=params,
         distributions=DISTRIBUTIONS,
-        user_attrs={"families": [tiles.gemm1.family, tiles.gemm2.family], **attributes},
+        user_attrs={
+            "families": [tiles.gemm1.family, tiles.gemm2.family],
+            "low_latency": tiles.low_latency,
+            **attributes,
+        },
     )
 
 
@@ -160,7 +164,7 @@ def _tiles(trial: FrozenTrial) -> LayerTiles:
     for op, family in zip(OPS, trial.user_attrs["families"], strict=True):
         own = {name.removeprefix(f"{op}."): value for name, value in trial.params.items() if name.startswith(op)}
         found.append(TileConfig(**{name: bool(v) if name in FLAGS else v for name, v in own.items()}, family=family))
-    return LayerTiles(*found)
+    return LayerTiles(*found, low_latency=trial.user_attrs["low_latency"])
 
 
 def _open(storage: str | Path) -> BaseStorage:

@@ -206,6 +206,8 @@ def record_text(record: Record) -> str:
 
 def _bucket_text(bucket: TunedBucket) -> str:
     lines = [f'      "{op}": {json.dumps(getattr(bucket.tiles, op).to_dict())}' for op in ("gemm1", "gemm2")]
+    if bucket.tiles.low_latency is not None:
+        lines.append(f'      "low_latency": {json.dumps(bucket.tiles.low_latency)}')
     known = {key: getattr(bucket, key) for key in _KEYS if getattr(bucket, key) not in (None, "")}
     lines += [f"      {json.dumps(known)[1:-1]}"] if known else []
     return "{\n" + ",\n".join(lines) + "\n    }"

@@ -49,8 +49,9 @@ class Sweep:
 
     @cached_property
     def space(self) -> LayerSpace:
-        """The space that was swept."""
-        return layer_space(self.gemm1, self.gemm2, self.tokens, self.device, self.low_latency)
+        """The space that was swept: all of it, but for the other assignment."""
+        space = layer_space(self.gemm1, self.gemm2, self.tokens, self.device, self.low_latency)
+        return replace(space, others=())
 
 
 def write_sweep(folder: Path, sweep: Sweep) -> Path:

@@ -114,7 +114,8 @@ class _Run:
 
     def begin(self, warm: Sequence[LayerTiles]) -> None:
         """Find a pair to start from of each kind: the heuristic's or a warm one, whichever is faster."""
-        self._start([self._space.default, *warm, *map(self._space.start, self._space.kinds)])
+        starts = map(self._space.start, self._space.kinds)
+        self._start([self._space.default, *warm, *starts, *self._space.others])
         for kind in self._space.kinds:
             if kind not in self._best:  # what is next to the heuristic's may run where that does not
                 first, second = (s[kind].neighbours(s[kind].start) for s in (self._space.gemm1, self._space.gemm2))
@@ -129,7 +130,7 @@ class _Run:
         for pair in pairs:
             kind = kind_of(pair)
             us = self._measure(pair)
-            if us is not None and (kind not in self._best or us < self._us(kind)):
+            if us is not None and pair.low_latency is None and (kind not in self._best or us < self._us(kind)):
                 self._best[kind] = pair
 
     def explore(self, stop: Callable[[], bool]) -> None:

@@ -18,7 +18,7 @@ import optuna
 from moegen import __version__
 from moegen.runtime.configs import bucket_of
 from moegen.runtime.device import DeviceFacts
-from moegen.runtime.tile import LayerTiles, TileConfig
+from moegen.runtime.tile import LayerTiles
 from moegen.spec import VariantSpec
 from moegen.tune.client import MeasurerError
 from moegen.tune.journal import Journal
@@ -28,7 +28,7 @@ from moegen.tune.record import Record, TunedBucket
 from moegen.tune.search import EFFORTS, Found, NothingRuns, search
 from moegen.tune.sources import Source
 from moegen.tune.space import LayerSpace, kind_of
-from moegen.tune.trial import Measurement, Measurer
+from moegen.tune.trial import Measurement, Measurer, plain_tiles, tiles_of
 
 NEAR = 2.0  # a record's bucket at most this many times away is worth trying
 
@@ -258,23 +258,13 @@ def snapped(space: LayerSpace, pair: LayerTiles) -> LayerTiles | None:
         if own is None:
             return None
         tiles.append(replace(own.start, **{field: getattr(tile, field) for field in own.axes}))
-    found = LayerTiles(*tiles)
+    found = LayerTiles(*tiles, low_latency=pair.low_latency)
     return found if found in space else None
 
 
 def nearest_tokens(table: dict[int, LayerTiles], tokens: int) -> int:
     """The token count of a foreign file that its own project would use for `tokens`."""
     return min(table, key=lambda key: abs(key - tokens))
-
-
-def plain_tiles(tiles: LayerTiles) -> list[dict[str, int | bool | str]]:
-    """JSON form, the inverse of `tiles_of`."""
-    return [tiles.gemm1.to_dict(), tiles.gemm2.to_dict()]
-
-
-def tiles_of(plain: list[dict[str, Any]]) -> LayerTiles:
-    """A pair of tile configs from its JSON form."""
-    return LayerTiles(*(TileConfig.from_dict(tile) for tile in plain))
 
 
 def plain_found(found: Found) -> dict[str, Any]:

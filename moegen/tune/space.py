@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
 OPS = ("gemm1", "gemm2")
 LEAST_TMA = 16  # mean slots per expert from which the family tma is plausible
 LONG_RUNS = 64  # mean slots per expert above which M blocks of one expert follow each other and GROUP_SIZE_M counts
+NEAR_RULE = 4  # how far from the rule's limit, in tokens, the other assignment is plausible
 SMALL_M, SWAPPED_M = 32, 64  # largest BLOCK_SIZE_M at which fewer warps than a warpgroup, and SWAP_AB, are plausible
 ACCUMULATORS = 128  # a thread, of its 255 registers: more than these spill
 
@@ -109,7 +110,8 @@ def kind_of(tiles: LayerTiles) -> Kind:
 
 def varied(pair: LayerTiles, op: str, tile: TileConfig) -> LayerTiles:
     """`pair` with another config for one GEMM; for both, where one kernel is the layer."""
-    return LayerTiles(tile, tile) if tile.family == "stream" else replace(pair, **{op: tile})
+    changed: dict[str, Any] = dict.fromkeys(OPS, tile) if tile.family == "stream" else {op: tile}
+    return replace(pair, **changed)
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,15 @@ class LayerSpace:
     """What may be tried for one layer at one token count: kind -> one Space a GEMM.
 
     default  the heuristic's choice, which is in the space
+    others   pairs with the assignment that the rule does not choose; measured as they are, never varied
     """
 
     tokens: int
     default: LayerTiles
     gemm1: Mapping[Kind, Space]
     gemm2: Mapping[Kind, Space]
+    _: KW_ONLY
+    others: tuple[LayerTiles, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -149,6 +154,8 @@ class LayerSpace:
         return LayerTiles(self.gemm1[kind].start, self.gemm2[kind].start)
 
     def __contains__(self, tiles: LayerTiles) -> bool:
+        if tiles.low_latency is not None:
+            return tiles in self.others
         kind = kind_of(tiles)
         if kind not in self.gemm1 or (len(self.ops(kind)) == 1 and tiles.gemm1 != tiles.gemm2):
             return False
@@ -173,7 +180,18 @@ def layer_space(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_
         }
         for gemm in (gemm1, gemm2)
     ]
-    return LayerSpace(tokens, default, *spaces)
+    return LayerSpace(tokens, default, *spaces, others=_others(gemm1, gemm2, tokens, device, low_latency))
+
+
+def _others(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> tuple[LayerTiles, ...]:
+    """The heuristic's pair for the assignment that the rule does not choose, and its neighbours in BLOCK_SIZE_N."""
+    if not 1 / NEAR_RULE <= 4 * tokens * gemm1.top_k / gemm1.num_experts <= NEAR_RULE:
+        return ()
+    pair = default_tiles(gemm1, gemm2, tokens, device, not low_latency, portable=True)
+    found = [(pair.gemm1, pair.gemm2)]
+    found += [(replace(pair.gemm1, BLOCK_SIZE_N=n), replace(pair.gemm2, BLOCK_SIZE_N=n)) for n in (32, 64, 128)]
+    legal = [two for two in found if not (why_illegal(two[0], gemm1, device) or why_illegal(two[1], gemm2, device))]
+    return tuple(LayerTiles(*two, low_latency=not low_latency) for two in dict.fromkeys(legal))
 
 
 def _portable_starts(

@@ -1,10 +1,10 @@
 """What a measurement is, and who can make one: the words that search, journal and GPU side share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
-from moegen.runtime.tile import LayerTiles
+from moegen.runtime.tile import LayerTiles, TileConfig
 
 # ok and slow have a time. The others are failures by class: the config does not compile, needs more than the GPU has,
 # did not return in time, took its process down, or computes something else than the reference.
@@ -39,3 +39,15 @@ class Measurer(Protocol):
 
     def compare(self, tokens: int, finalists: Sequence[LayerTiles]) -> list[Measurement]:
         """Measure the finalists side by side until their noise is below 1 % or a cap is reached, in the order given."""
+
+
+def plain_tiles(tiles: LayerTiles) -> list[Any]:
+    """JSON form, the inverse of `tiles_of`: both tile configs, and the assignment where it is not by the rule."""
+    return [tiles.gemm1.to_dict(), tiles.gemm2.to_dict(), *([] if tiles.low_latency is None else [tiles.low_latency])]
+
+
+def tiles_of(plain: list[Any]) -> LayerTiles:
+    """A pair of tile configs from its JSON form."""
+    gemm1, gemm2, *low_latency = plain
+    tiles = LayerTiles(TileConfig.from_dict(gemm1), TileConfig.from_dict(gemm2))
+    return replace(tiles, low_latency=low_latency[0]) if low_latency else tiles

@@ -1,6 +1,7 @@
 """The whole layer in the interpreter, on memory that holds NaN, against the float64 oracle that reads the same bits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +42,7 @@ def run(
     block_k: int = 32,
     on_input: bool = False,
     block_m: int = 16,
+    low_latency: bool | None = None,
 ) -> torch.Tensor:
     """One call of the package's own `run`, past its checks; `out` and everything between starts as NaN."""
     layer, x = package.LAYERS[0], arguments["hidden_states"]
@@ -50,7 +52,8 @@ def run(
     package.runtime.quantise._TENSOR_PROGRAMS = 4  # of 512, which the interpreter would run one after another
     with poisoned():
         call = package.runtime.layer.Call(x, *weights, *routing, out)
-        package.runtime.layer.run(layer, call, tiles_of(layer, swap_ab, block_k, block_m))
+        tiles = replace(tiles_of(layer, swap_ab, block_k, block_m), low_latency=low_latency)
+        package.runtime.layer.run(layer, call, tiles)
     return out
 
 
@@ -90,6 +93,21 @@ def test_tiles_that_divide_everything(dtype: str, build: Build) -> None:
     package = build(dtypes=(dtype,), num_experts=8, top_k=2, hidden_size=64, intermediate_size=32)
     for tokens, swap_ab in ((LONE, False), (LONE, True), (SOME, False)):
         check(package, make_inputs(package.LAYERS[0], tokens), swap_ab=swap_ab)
+
+
+@pytest.mark.parametrize("tokens", [LONE, SOME])
+def test_the_tiles_choose_the_assignment(tokens: int, build: Build) -> None:
+    """Whatever the rule says, but never against an expert_map."""
+    package = build(parallel=SHARD, **SIZES)
+    arguments = make_inputs(package.LAYERS[0], tokens, padding=0.2)
+    aligned, low_latency = (check(package, arguments, low_latency=choice) for choice in (False, True))
+    assert torch.equal(aligned, low_latency)
+    key = package.runtime.layer.launch_key
+    tiles = replace(tiles_of(package.LAYERS[0], False), low_latency=True)
+    everyone = torch.arange(16, dtype=torch.int32)
+    assert key(package.LAYERS[0], tokens, tiles, None)[-1] is None
+    assert key(package.LAYERS[0], tokens, tiles, everyone)[-1] is not None
+    check(package, make_inputs(package.LAYERS[0], tokens, mapped=True), low_latency=True)
 
 
 # Every name, and those with a parameter that is off by default with it on, at values that the inputs reach.

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,6 +231,14 @@ REFUSED: dict[str, tuple[object, tuple[str, ...]]] = {
         record(buckets={"2": {"gemm1": STREAM, "gemm2": STREAM}}),
         ("buckets.2", "family=stream is for bucket 1"),
     ),
+    "assignment that is no flag": (
+        record(buckets={"16": {"gemm1": TILE, "gemm2": TILE, "low_latency": 1}}),
+        ("buckets.16.low_latency", "1 is not allowed", "true or false"),
+    ),
+    "assignment of a stream": (
+        record(buckets={"1": {"gemm1": STREAM, "gemm2": STREAM, "low_latency": True}}),
+        ("buckets.1.low_latency", "one assignment"),
+    ),
     "different BLOCK_SIZE_M": (change(BLOCK_SIZE_M=64), ("buckets.16", "BLOCK_SIZE_M", "32 and 64", "one value")),
 }
 
@@ -249,6 +258,13 @@ def test_refused(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert Configs(tmp_path).tiles(LAYER, 16, None, H200) == heuristic(16)
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert message in warning
+
+
+@pytest.mark.parametrize("low_latency", [True, False, None])
+def test_a_bucket_may_choose_its_assignment(low_latency: bool | None, tmp_path: Path) -> None:
+    entry = {"gemm1": TILE, "gemm2": TILE, "low_latency": low_latency}
+    write(tmp_path, record(buckets={"16": entry}))
+    assert Configs(tmp_path).tiles(LAYER, 16, None, H200) == replace(tiles(TILE), low_latency=low_latency)
 
 
 def test_stream_serves_one_token(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -53,6 +54,28 @@ def measure(journal: Journal, pairs: Sequence[LayerTiles], inner: Replay) -> lis
 @pytest.fixture(params=["file", "sqlite"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "folder/j.journal") if request.param == "file" else f"sqlite:///{tmp_path}/j.db"
+
+
+def test_the_assignment_belongs_to_a_pair(storage: str) -> None:
+    """The same tile configs with another assignment are another measurement, also for a later run."""
+    pairs = [PAIRS[0], *(replace(PAIRS[0], low_latency=choice) for choice in (False, True))]
+
+    class Fixed(Counting):
+        def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:  # noqa: ARG002
+            self.asked.append(tiles)
+            return Measurement("ok", 10.0 + len(self.asked))
+
+        def compare(self, tokens: int, finalists: Sequence[LayerTiles]) -> list[Measurement]:
+            return [self.measure(tokens, tiles, None) for tiles in finalists]
+
+    first, second = Fixed(), Fixed()
+    found = measure(Journal(storage, "scope"), pairs, first)
+    assert first.asked == pairs
+    assert measure(Journal(storage, "scope"), pairs, second) == found
+    assert [pair for pair, _ in Journal(storage, "scope").measurements("layer", 16)] == pairs
+    compared = Journal(storage, "scope").measurer("layer", first).compare(16, pairs[1:])
+    assert Journal(storage, "scope").measurer("layer", second).compare(16, pairs[1:]) == compared
+    assert second.asked == []
 
 
 def test_what_was_measured_is_never_measured_again(storage: str) -> None:

@@ -61,7 +61,9 @@ def check(capsys: pytest.CaptureFixture[str], *paths: Path) -> tuple[int, str]:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    first = replace(record(16, 64, 4096), buckets={**record().buckets, 4096: bucket(tiles=LayerTiles(SECOND, FIRST))})
+    aligned = bucket(tiles=LayerTiles(FIRST, FIRST, low_latency=False))
+    other = bucket(tiles=LayerTiles(SECOND, FIRST))
+    first = replace(record(16, 64, 4096), buckets={**record().buckets, 1: aligned, 4096: other})
     assert first.name == Path(NAME)
     path = tmp_path / first.name
     write_record(path, first)

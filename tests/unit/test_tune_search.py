@@ -86,6 +86,20 @@ def test_a_perfect_warm_start_is_kept() -> None:
     assert (found.tiles, found.us) == (best, us)
 
 
+def test_the_other_assignment_is_measured_and_may_win() -> None:
+    space = SWEEPS[16].space
+    other = replace(space.default, low_latency=True)
+
+    class Lone(Watched):
+        def true(self, tokens: int, tiles: LayerTiles) -> Measurement:
+            return Measurement("ok", 1.0) if tiles == other else super().true(tokens, tiles)
+
+    measurer = Lone(SWEEPS[16])
+    assert search(replace(space, others=(other,)), measurer).tiles == other
+    assert measurer.asked.count(other) == 1
+    assert all(pair.low_latency is None for pair in measurer.asked if pair != other)
+
+
 def test_closing_comes_between_the_last_measurement_and_the_comparison() -> None:
     measurer = Watched(SWEEPS[16])
     seen: list[tuple[int, int]] = []

@@ -64,6 +64,15 @@ def test_block_scales_of_many_slots_may_take_the_family_tma(tokens: int, sizes: 
     assert not any(kind.family == "tma" for kind in space_of(tokens, "fp8 block", TARGETS["cuda:100"]).kinds)
 
 
+def test_near_the_rule_both_assignments_are_tried() -> None:
+    """128 experts, top_k 8: the rule ends at 4 tokens."""
+    chosen = {tokens: {pair.low_latency for pair in space_of(tokens).others} for tokens in (1, 2, 4, 5, 8, 16, 17, 64)}
+    assert chosen == {1: {False}, 2: {False}, 4: {False}, 5: {True}, 8: {True}, 16: {True}, 17: set(), 64: set()}
+    space = space_of(8)
+    assert all(pair in space for pair in space.others)
+    assert replace(space.default, low_latency=True) not in space
+
+
 def varying(tokens: int, size: int) -> set[str]:
     return set(space_of(tokens).gemm1[Kind("portable", size)].axes)
 
