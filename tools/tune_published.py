@@ -1,0 +1,81 @@
+"""Tune what `tuned_configs/` is to hold for this GPU: every released mode of twelve models that has no record yet.
+
+    python tools/tune_published.py --seconds 600        # again and again, until nothing is left
+
+A record counts if it has all buckets, and until the layer's kernels change (`moegen check`).
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from moegen.load import import_package
+from moegen.runtime.device import device_facts
+from moegen.tune.check import check_record
+from moegen.tune.record import load_record
+
+# Model, shard. All that `moegen list --quant` shows of each.
+MODELS = (
+    ("qwen3-30b-a3b", ()),
+    ("deepseek-v3", ("--tp", "8")),
+    ("gpt-oss-120b", ()),
+    ("mixtral-8x7b", ()),
+    ("qwen3-next-80b-a3b", ()),
+    ("deepseek-v3", ("--ep", "8")),
+    ("glm-4.5-air", ()),
+    ("qwen3-235b-a22b", ("--tp", "4")),
+    ("nemotron-3-nano-30b-a3b", ()),
+    ("kimi-k2", ("--ep", "8")),
+    ("olmoe-1b-7b", ()),
+    ("deepseek-v2-lite", ()),
+    ("llama-4-scout", ()),
+    ("qwen3-235b-a22b", ()),
+)
+BUCKETS = {1 << power for power in range(13)}  # a record answers for half an octave around each
+ROOT = Path(__file__).resolve().parents[1]
+LEAST_S = 40  # no layer is begun with less
+
+
+def main() -> int:
+    """The exit code: 0 if nothing is left to tune."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, required=True, help="for all of it")
+    parser.add_argument("--effort", default="quick", help="of moegen tune (default %(default)s)")
+    parser.add_argument("--packages", type=Path, default=Path("out"), help="where they are built")
+    parser.add_argument("--out", type=Path, default=ROOT / "tuned_configs")
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
+    gpu, left = device_facts(torch.cuda.current_device()).slug, 0
+    for package, slug in layers(args.packages):
+        record = args.out / gpu / f"{slug}.json"
+        if record.is_file() and not check_record(record, True) and load_record(record).buckets.keys() >= BUCKETS:
+            continue
+        rest = deadline - time.monotonic()
+        if rest < LEAST_S:
+            left += 1
+            continue
+        limit = ["--time-limit", f"{rest - 10:.0f}", "--effort", args.effort]
+        buckets = ",".join(map(str, sorted(BUCKETS)))
+        command = ["tune", str(package), "--layer", slug, "--buckets", buckets, "--out", str(args.out), *limit]
+        left += subprocess.run([sys.executable, "-m", "moegen", *command], check=False).returncode != 0  # noqa: S603
+    print(f"{left} layers are left")
+    return int(left > 0)
+
+
+def layers(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(package, slug) of every layer; a package is built when it is its turn."""
+    for number, (model, shard) in enumerate(MODELS):
+        out = folder / str(number)
+        build = ["build", "--model", model, *shard, "--quant", "released", "-o", str(out)]
+        subprocess.run([sys.executable, "-m", "moegen", *build], check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+        (package,) = out.iterdir()
+        yield from ((package, layer.slug) for layer in import_package(package).LAYERS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
