@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .device import DeviceFacts
-from .tile import Gemm, LayerTiles, TileConfig, shared_memory, why_illegal
+from .tile import Gemm, LayerTiles, TileConfig, shared_memory, why_illegal_pair
 
 
 def default_tiles(
@@ -39,8 +39,7 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
 def family_tiles(family: str, gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles | None:
     """The heuristic's tile configs of a family other than the portable one, or None where that does not serve."""
     tiles = _FAMILY_TILES[family](gemm1, gemm2, block_m, device)
-    illegal = why_illegal(tiles.gemm1, gemm1, device) or why_illegal(tiles.gemm2, gemm2, device)
-    return None if illegal else tiles
+    return None if why_illegal_pair(tiles, gemm1, gemm2, device) else tiles
 
 
 def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:

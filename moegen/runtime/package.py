@@ -169,10 +169,11 @@ def _fake(hidden_states: torch.Tensor, *_: object) -> torch.Tensor:
 
 def _variant(call: Call) -> tuple[object, ...]:
     """What of a call, besides the token count, selects other compiled kernels."""
-    weights = [_kind(getattr(w, part)) for w in (call.w13, call.w2) for part in ("values", *PARTS)]
+    weights = (call.w13, call.w2)
+    parts = [_kind(getattr(w, part)) for w in weights for part in PARTS]
     aligned = [_alignment(t) for t in (call.hidden_states, call.w13.values, call.w2.values, call.out)]
     routing = (call.expert_map is None, call.topk_ids.dtype, call.apply_router_weight_on_input)
-    return (*routing, *weights, *aligned)
+    return (*routing, *(w.values.dtype for w in weights), *parts, *aligned)
 
 
 def _alignment(tensor: torch.Tensor) -> tuple[bool, ...]:

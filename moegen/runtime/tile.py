@@ -156,6 +156,11 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     return _why_too_large(tile, gemm, device)
 
 
+def why_illegal_pair(tiles: LayerTiles, gemm1: Gemm, gemm2: Gemm, device: DeviceFacts) -> str | None:
+    """`why_illegal` of the first of both GEMMs that is, or None."""
+    return why_illegal(tiles.gemm1, gemm1, device) or why_illegal(tiles.gemm2, gemm2, device)
+
+
 def _why_too_large(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
     needed = shared_memory(tile, gemm)
     if needed > device.shared_memory:

@@ -120,15 +120,18 @@ def round_activations(
     padded = torch.nn.functional.pad(x.float(), (0, -depth % group)).reshape(rows, -1, group)
     if static_scale is not None:
         step = static_scale.float().reshape(1, 1, 1)
+    elif scheme.kind == "tensor":
+        step = _divided(padded.abs().max().reshape(1, 1, 1), largest).clamp(min=1e-10)
     else:
-        by_tensor = scheme.kind == "tensor"
-        amax = padded.abs().max().reshape(1, 1, 1) if by_tensor else padded.abs().amax(-1, keepdim=True)
         by_token = scheme.kind in ("channel", "tensor_token") and kind == "fp8"
-        amax = amax if by_tensor else amax.clamp(min=1 / 512 if by_token else 1e-10)
-        step = amax / torch.full_like(amax, largest)  # by a number, torch multiplies with its reciprocal on a GPU
-        step = step.clamp(min=1e-10) if by_tensor else step
+        step = _divided(padded.abs().amax(-1, keepdim=True).clamp(min=1 / 512 if by_token else 1e-10), largest)
         if scheme.ue8m0 or kind == "mxfp8":
             step = torch.exp2(ceil_log2(step).float())
     scaled = (padded / step).clamp(-largest, largest)
     rounded = torch.floor(scaled + 0.5) if kind == "int8" else scaled.to(target)
     return (rounded.to(x.dtype) * step.to(x.dtype)).reshape(rows, -1)[:, :depth]
+
+
+def _divided(values: torch.Tensor, number: float) -> torch.Tensor:
+    """Quotients, correctly rounded: by a number, torch multiplies with its reciprocal on a GPU."""
+    return values / torch.full_like(values, number)

@@ -17,12 +17,12 @@ from moegen.load import import_package
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.child import Child, ChildError
+from moegen.tune.space import OPS
 from moegen.tune.trial import Measurement, Status
 
 WORKER = "moegen.tune.compile_pool:CompileWorker"
 TIME_LIMIT_S = 120.0  # for a few kernels; one takes about a second
 NICENESS = 10  # the process that measures must not wait for a core
-GEMMS = ("gemm1", "gemm2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Job:
 
     def wants(self, kernel: str) -> bool:
         """Whether the kernel of that name belongs to this job."""
-        return kernel.startswith(self.op) if self.op in GEMMS else not kernel.startswith(GEMMS)
+        return kernel.startswith(self.op) if self.op in OPS else not kernel.startswith(OPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def jobs_of(folder: Path, slug: str, device: DeviceFacts, tokens: int, tiles: La
 
     if tiles.gemm1.family == "stream":  # one kernel, which is neither GEMM's own
         return [job("others", tiles.gemm1, tiles.gemm1)]
-    gemms = [job(op, tile, tile) for op, tile in zip(GEMMS, (tiles.gemm1, tiles.gemm2), strict=True)]
+    gemms = [job(op, tile, tile) for op, tile in zip(OPS, (tiles.gemm1, tiles.gemm2), strict=True)]
     plain = [TileConfig(t.BLOCK_SIZE_M, 64, 64, PDL=t.PDL, family=t.family) for t in (tiles.gemm1, tiles.gemm2)]
     return [job("others", *plain), *gemms]
 

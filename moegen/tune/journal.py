@@ -31,9 +31,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.queue import Queue
+from moegen.tune.space import OPS
 from moegen.tune.trial import Measurement, Measurer, plain_tiles
 
-OPS = ("gemm1", "gemm2")
 STATES = {"ok": TrialState.COMPLETE, "slow": TrialState.PRUNED}  # of the others, FAIL
 COMPARED = "compared"  # attribute of the trial that holds a comparison of finalists
 FLAGS = {field.name for field in fields(TileConfig) if field.type is bool}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.heuristic import default_tiles, family_tiles, mean_slots
-from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, why_illegal
+from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, why_illegal, why_illegal_pair
 
 # Axis -> values in order, for each kernel family. The heuristic's own value joins an axis that does not have it.
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -188,10 +188,9 @@ def _others(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_late
     if not 1 / NEAR_RULE <= 4 * tokens * gemm1.top_k / gemm1.num_experts <= NEAR_RULE:
         return ()
     pair = default_tiles(gemm1, gemm2, tokens, device, not low_latency, portable=True)
-    found = [(pair.gemm1, pair.gemm2)]
-    found += [(replace(pair.gemm1, BLOCK_SIZE_N=n), replace(pair.gemm2, BLOCK_SIZE_N=n)) for n in (32, 64, 128)]
-    legal = [two for two in found if not (why_illegal(two[0], gemm1, device) or why_illegal(two[1], gemm2, device))]
-    return tuple(LayerTiles(*two, low_latency=not low_latency) for two in dict.fromkeys(legal))
+    pair = replace(pair, low_latency=not low_latency)
+    found = [pair, *(_both(pair, BLOCK_SIZE_N=n) for n in (32, 64, 128))]
+    return tuple(one for one in dict.fromkeys(found) if not why_illegal_pair(one, gemm1, gemm2, device))
 
 
 def _portable_starts(
@@ -212,10 +211,15 @@ def _portable_starts(
         elif near and not low_latency:
             at = max(1, size * gemm1.num_experts // (2 * gemm1.top_k))  # where the heuristic picks this size, if ever
             pair = default_tiles(gemm1, gemm2, at, device, low_latency, portable=True)
-            tiles = [replace(tile, BLOCK_SIZE_M=size) for tile in (pair.gemm1, pair.gemm2)]
-            if not any(why_illegal(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)):
-                found[Kind("portable", size)] = LayerTiles(*tiles)
+            pair = _both(pair, BLOCK_SIZE_M=size)
+            if not why_illegal_pair(pair, gemm1, gemm2, device):
+                found[Kind("portable", size)] = pair
     return found
+
+
+def _both(pair: LayerTiles, **changes: Any) -> LayerTiles:  # noqa: ANN401 - fields of both types
+    """`pair` with the same changes of both tile configs."""
+    return replace(pair, gemm1=replace(pair.gemm1, **changes), gemm2=replace(pair.gemm2, **changes))
 
 
 def _tiles(gemm: Gemm, start: TileConfig, tokens: int, device: DeviceFacts, low_latency: bool) -> Iterator[TileConfig]:

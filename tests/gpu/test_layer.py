@@ -1,6 +1,5 @@
 """The whole layer on a GPU: the reference's own grid, graphs, edges; oracle in float64, outputs poisoned with NaN."""
 
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from moegen.spec import MoESpec, Parallel, Shape
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
@@ -33,16 +33,6 @@ GRID = [(*size, e, k) for size, e, k in product(GRID_SIZES, (8, 64, 192), (2, 6)
 LOW_LATENCY_SIZES = ((1, 128, 128), (1, 2048, 128), (2, 2048, 128), (2, 2048, 511))
 LOW_LATENCY = [(*size, e, k) for size, e, k in product(LOW_LATENCY_SIZES, (128, 256), (1, 2))]
 TAILS = [(t, i, h, 16, 4) for t, (i, h) in product((3, 70), ((2880, 2880), (1856, 2688), (1408, 704), (511, 1408)))]
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """torch.empty returns NaN: what a kernel does not write, or reads without right, shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

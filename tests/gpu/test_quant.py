@@ -5,7 +5,7 @@ data for three seeds: the second one has padding slots, the third padded weight 
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,12 +22,13 @@ from moegen.runtime.reference import moe_reference
 from moegen.runtime.weight import round_activations
 from moegen.spec import Parallel
 from tests.support import packages
-from tests.support.packages import named, poisoned, relative_error, spread_map, unnamed
+from tests.support.packages import named, relative_error, spread_map, unnamed
 from tests.support.staged import close, quantisations, real, staged_oracle
 from tests.support.weights import random_weight
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
@@ -40,13 +41,6 @@ Build = Callable[..., ModuleType]
 RELATIVE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # That of Hopper's fp8 tensor cores, which keep about 14 bits of a sum: 2.2e-3 at K = 4096, more than float16 rounds.
 FP8_SUMS = 5e-3
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned():
-        yield
-    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

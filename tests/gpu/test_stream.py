@@ -1,7 +1,6 @@
 """The family "stream" on a GPU of compute capability 9.0: numerics, repeated and concurrent runs, graphs, fallbacks."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +22,7 @@ from tests.support.packages import TOLERANCE, make_inputs, oracle, relative_erro
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
 ]
 
@@ -58,15 +58,6 @@ QUANTISED: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8, shard": ({**BLOCK, "hidden_size": 1024, "parallel": (Parallel(ep=2),)}, LOW_8),
     "int8": ({"quant": ("int8_w8a8:128x128",), "hidden_size": 1024, "bias": True}, LOW_8),
 }
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """torch.empty returns NaN: what a kernel does not write, or reads without right, shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The family "tma" on a GPU, chosen through tile configs: oracle in float64, memory poisoned with NaN, CUDA graphs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +13,12 @@ from moegen.runtime.device import device_facts
 from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal
 from moegen.spec import Parallel
 from tests.support import packages
-from tests.support.packages import make_inputs, oracle, poisoned, relative_error, unnamed
+from tests.support.packages import make_inputs, oracle, relative_error, unnamed
 from tests.support.record_files import write_record
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(
         not torch.cuda.is_available() or not device_facts(0).has_wgmma, reason="needs a GPU of compute capability 9.0"
     ),
@@ -34,13 +35,6 @@ BLOCKS = ("fp8_w8a8:128x128", "fp8_w8a8:128x128ue8m0", "int8_w8a8:128x128")
 BY_ROW = ("fp8_w8a8:tensor", "fp8_w8a8:tensor_token", "fp8_w8a8:channel", "int8_w8a8:channel", "int8_w8a8:tensor")
 SIZES: dict[str, Any] = {"num_experts": 16, "top_k": 4, "hidden_size": 720, "intermediate_size": 384}
 ROUNDED_TWICE = 3e-2  # a sum that float32 and float64 round apart may land one 8-bit step off, see test_quant.py
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned():
-        yield
-    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from moegen.bench.workload import LayerCall, draw_routing, draw_weights
 from moegen.load import import_package
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import LayerTiles
-from moegen.tune.compile_pool import GEMMS, Compilation, Job
+from moegen.tune.compile_pool import Compilation, Job
 from moegen.tune.gpu import Answer, Compare, Describe, GpuWorker, Measure, Prepare, Setup, package_call
+from moegen.tune.space import OPS
 from moegen.tune.trial import Measurement
 
 H200 = DeviceFacts("NVIDIA H200", "cuda", "90", 132, 232_448)
@@ -71,7 +72,7 @@ class NoCompiler:
     """Finds that every kernel compiles, and that those of 8 stages are too large."""
 
     def __call__(self, job: Job) -> Compilation:
-        if job.op in GEMMS and job.tiles.gemm1.num_stages == 8:
+        if job.op in OPS and job.tiles.gemm1.num_stages == 8:
             return Compilation(failure=Measurement("resources", message=f"{job.op}: too large"))
         return Compilation()
 
