@@ -40,6 +40,23 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8, many tiles": ({"quant": ("fp8_w8a8:128x128",), "hidden_size": 2304, "intermediate_size": 1152}, LOW),
     "fp8, shard": ({"quant": ("fp8_w8a8:128x128",), "parallel": SHARD}, LOW),
     "int8": ({"quant": ("int8_w8a8:128x128",), "bias": True}, LOW),
+    "fp8 channel, low": ({"quant": ("fp8_w8a8:channel",), "bias": True}, LOW),
+    "fp8 channel, high": ({"quant": ("fp8_w8a8:channel",)}, HIGH),
+    "fp8 channel, tails, interleaved": (
+        {"quant": ("fp8_w8a8:channel",), "hidden_size": 592, "intermediate_size": 144, "activation": "swigluoai"},
+        FLAT,
+    ),
+    "fp8 channel, many segments": (
+        {"quant": ("fp8_w8a8:channel",), "hidden_size": 4736, "intermediate_size": 1680},
+        LOW,
+    ),
+    "fp8 channel, shard": ({"quant": ("fp8_w8a8:channel",), "parallel": SHARD}, LOW),
+    "fp8 tensor": ({"quant": ("fp8_w8a8:tensor",), "activation": "relu2_no_mul"}, LOW),
+    "fp8 tensor, many segments": ({"quant": ("fp8_w8a8:tensor",), "intermediate_size": 3344}, LOW),
+    "fp8 tensor, shard": ({"quant": ("fp8_w8a8:tensor",), "parallel": SHARD}, HIGH),
+    "fp8 tensor_token": ({"quant": ("fp8_w8a8:tensor_token",), "bias": True}, FLAT),
+    "int8 channel": ({"quant": ("int8_w8a8:channel",), "bias": True}, LOW),
+    "int8 tensor": ({"quant": ("int8_w8a8:tensor",)}, HIGH),
 }
 
 
