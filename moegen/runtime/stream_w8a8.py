@@ -49,11 +49,10 @@ def _load_groups(source, group, ROWS: gl.constexpr, LENGTH: gl.constexpr, GROUPS
 
 
 @gluon.jit
-def _own_step(loaded, is_live, LARGEST: gl.constexpr, S: gl.constexpr):
-    """The step that each group [groups, 128] would have by itself."""
-    largest = gl.max(gl.abs(loaded), axis=1)
+def _own_step(largest, LARGEST: gl.constexpr, S: gl.constexpr):
+    """The step that a group of this largest magnitude would have by itself, as in quantise.py."""
     if S.by_tensor:
-        step = gl.maximum(group_scale(gl.where(is_live, largest, 0.0), 0.0, LARGEST, False), S.least)
+        step = gl.maximum(group_scale(largest, 0.0, LARGEST, False), S.least)
     else:
         step = group_scale(largest, S.least, LARGEST, S.ue8m0)
     return step
@@ -77,12 +76,15 @@ def _common_step(steps, group, SHARE: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def _quantise(source, static_scale, routing, ROWS: gl.constexpr, LENGTH: gl.constexpr, GROUPS: gl.constexpr, values,
-              steps, S: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """source [ROWS, LENGTH] -> shared memory, GROUPS groups a row: values [segments, groups, 128], steps.
+def _quantise(source, static_scale, routing, values, steps, FIRST_GEMM: gl.constexpr, S: gl.constexpr,
+              WARPS: gl.constexpr):  # fmt: skip
+    """x or, if not FIRST_GEMM, hidden -> shared memory: values [segments, groups, 128], steps [segments, groups].
 
-    The rows are slots if there is `routing`: one step for all of them is of those that have an expert.
+    One step for all slots is that of the slots that have an expert: nobody wrote the others.
     """
+    ROWS: gl.constexpr = 1 if FIRST_GEMM else S.top_k
+    LENGTH: gl.constexpr = S.hidden_size if FIRST_GEMM else S.intermediate_size
+    GROUPS: gl.constexpr = (S.chunks1 if FIRST_GEMM else S.chunks2) * S.tile_groups
     SEGMENTS: gl.constexpr = values.shape[0]
     EACH: gl.constexpr = values.shape[1]
     LARGEST: gl.constexpr = 127.0 if values.dtype == gl.int8 else 448.0
@@ -95,10 +97,11 @@ def _quantise(source, static_scale, routing, ROWS: gl.constexpr, LENGTH: gl.cons
         if static_scale is not None:
             step = gl.zeros((EACH,), gl.float32, layout=gl.SliceLayout(1, L)) + gl.load(static_scale)
         else:
-            is_live = group < ROWS * GROUPS
-            if S.by_tensor and routing is not None:
-                is_live &= expert_of(routing, gl.minimum(group // GROUPS, ROWS - 1), S) >= 0
-            step = _own_step(loaded, is_live, LARGEST, S)
+            largest = gl.max(gl.abs(loaded), axis=1)
+            if S.by_tensor and not FIRST_GEMM:
+                expert = expert_of(routing, gl.minimum(group // GROUPS, ROWS - 1), S)
+                largest = gl.where(expert >= 0, largest, 0.0)
+            step = _own_step(largest, LARGEST, S)
         steps.index(segment).store(step)
         if not COMMON:
             values.index(segment).store(to_8_bit(divide(loaded, gl.expand_dims(step, 1)), LARGEST, values.dtype))
@@ -219,8 +222,8 @@ def _total(acc):
 
 @gluon.jit
 def _multiply(
-    x, w13_scale, w2_scale, w13_input_scale, w2_input_scale, w13_bias, w2_bias, hidden, out, routing, ring, written, passed, shared,
-    ACTIVATION: gl.constexpr, S: gl.constexpr, WARPS: gl.constexpr,
+    x, w13_scale, w2_scale, w13_input_scale, w2_input_scale, w13_bias, w2_bias, hidden, out, routing, ring, written,
+    passed, shared, ACTIVATION: gl.constexpr, S: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """gemm1 with activation for this block's units, then gemm2 with the sum over slots for its strips."""
     (x_values, x_steps, h_values, h_steps, table1, table2) = shared
@@ -238,7 +241,7 @@ def _multiply(
     nothing = gl.zeros((1, 2, COLUMNS, IN, 8), gl.float32, layout=gl.SliceLayout(5, FINE))
     _gather_scales(w13_scale, routing, table1, True, S, WARPS)
     _gather_scales(w2_scale, routing, table2, False, S, WARPS)
-    _quantise(x, w13_input_scale, None, 1, S.hidden_size, S.chunks1 * IN, x_values, x_steps, S, WARPS)
+    _quantise(x, w13_input_scale, routing, x_values, x_steps, True, S, WARPS)
     block_barrier()  # here, or the compiler puts it into the loop
     table1 = table1._reinterpret(gl.float32, [table1.shape[0], 2, S.entry], _PLAIN2)
     table2 = table2._reinterpret(gl.float32, [table2.shape[0], 2, S.entry], _PLAIN2)
@@ -261,9 +264,7 @@ def _multiply(
     mbarrier.arrive(written, count=1)
 
     mbarrier.wait(passed, 0)
-    _quantise(
-        hidden, w2_input_scale, routing, S.top_k, S.intermediate_size, S.chunks2 * IN, h_values, h_steps, S, WARPS
-    )
+    _quantise(hidden, w2_input_scale, routing, h_values, h_steps, False, S, WARPS)
     block_barrier()
     values = h_values._reinterpret(h_values.dtype, [H_CHUNKS, S.depth], _PLAIN)
     steps = h_steps._reinterpret(gl.float32, [H_CHUNKS, IN], _PLAIN)

@@ -234,3 +234,23 @@ def _shared_memory(sizes: StreamSizes, dtype: torch.dtype) -> list[torch.Tensor]
         rows += [torch.zeros(count, sizes.segment, 128, dtype=dtype), torch.full((count, sizes.segment), nan)]
     tables = [torch.full((count, 2, sizes.entry), nan) for count in (sizes.entries1, sizes.entries2)]
     return rows + tables
+
+
+def quantise_as_python(
+    sizes: StreamSizes,
+    dtype: torch.dtype,
+    source: torch.Tensor,
+    static_scale: torch.Tensor | None = None,
+    topk_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What one block makes of the token [1, H] or, with its topk_ids [k], of `hidden` [k, I]: dequantised, float32."""
+    first = topk_ids is None
+    values, steps = (Shared(memory) for memory in _shared_memory(sizes, dtype)[0 if first else 2 :][:2])
+    routing = (None, None if topk_ids is None else Pointer(topk_ids), None)
+    static = None if static_scale is None else Pointer(static_scale)
+    kernel = as_python(0, 1)(stream_w8a8)
+    kernel._quantise(Pointer(source), static, routing, values, steps, first, sizes, sizes.warps)
+    found = values.memory.float() * steps.memory.unsqueeze(2)
+    chunks = sizes.chunks1 if first else sizes.chunks2
+    found = found.flatten()[: len(source) * chunks * sizes.depth].view(len(source), -1)
+    return found[:, : source.shape[1]]
