@@ -7,9 +7,7 @@ if TYPE_CHECKING:
     from .device import DeviceFacts
     from .tile import Gemm, TileConfig
 
-GROUP = (
-    128  # the K group of scales, the only one that the 8-bit kernel has; activations are quantised so many at a time
-)
+GROUP = 128  # values that activations are quantised by; the only K group of weight scales that the 8-bit kernel has
 LEAST_BLOCKS = 64  # multiprocessors: bounds the tiles of a block, whose weight scales it keeps
 
 

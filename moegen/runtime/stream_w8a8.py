@@ -191,9 +191,9 @@ def _dot(acc, scale, CHUNKS: gl.constexpr, entry, chunk, place, ring, table, val
     ACC: gl.constexpr = acc.type.layout
     IN: gl.constexpr = S.depth // 128
     COLUMNS: gl.constexpr = S.columns
-    EXACT: gl.constexpr = gl.int32 if values.dtype == gl.int8 else gl.float32
+    SUM: gl.constexpr = gl.int32 if values.dtype == gl.int8 else gl.float32
     stage, phase = place
-    sums = gl.zeros((1, 2, COLUMNS, IN, 8), EXACT, layout=ACC)
+    sums = gl.zeros((1, 2, COLUMNS, IN, 8), SUM, layout=ACC)
     for k in range(CHUNKS):
         if S.group_k:
             factor = _factor(table, entry + k, steps, chunk + k, scale, ACC, S)
