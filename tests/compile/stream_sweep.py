@@ -60,10 +60,11 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8, ue8m0, shard": ({"quant": ("fp8_w8a8:128x128ue8m0",), "parallel": (Parallel(ep=2),)}, LOW_8),
     "int8": ({"quant": ("int8_w8a8:128x128",)}, LOW_8),
     "fp8, channel": (CHANNEL, WIDE_8),
-    "fp8, channel, tails, bias, interleaved, flat": (
-        {**CHANNEL, "hidden_size": 592, "intermediate_size": 272, "activation": "swigluoai", "bias": True},
-        FLAT_8,
+    "fp8, channel, tails, bias, interleaved": (
+        {**CHANNEL, "hidden_size": 592, "intermediate_size": 144, "activation": "swigluoai", "bias": True},
+        HIGH_8,
     ),
+    "fp8, channel, flat": (CHANNEL, FLAT_8),
     "fp8, channel, high": ({**CHANNEL, "hidden_size": 7168, "top_k": 8}, HIGH_8),
     "fp8, channel, two segments": ({**CHANNEL, "intermediate_size": 1536}, LOW_8),
     "fp8, tensor": ({"quant": ("fp8_w8a8:tensor",)}, WIDE_8),

@@ -70,7 +70,7 @@ QUANTISED: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "channel": ({**CHANNEL, "num_experts": 32, "top_k": 8, "hidden_size": 2048, "intermediate_size": 768}, WIDE_8),
     "channel, high": ({**CHANNEL, "top_k": 8, "hidden_size": 7168, "intermediate_size": 256}, HIGH_8),
     "channel, many segments": ({**CHANNEL, "hidden_size": 5120, "intermediate_size": 6144}, LOW_8),
-    "channel, tails": ({**CHANNEL, "hidden_size": 592, "intermediate_size": 144, "bias": True}, FLAT_8),
+    "channel, tails": ({**CHANNEL, "hidden_size": 592, "intermediate_size": 144, "bias": True}, HIGH_8),
     "channel, interleaved": ({**CHANNEL, "hidden_size": 640, "activation": "swigluoai", "bias": True}, LOW_8),
     "channel, float16": ({**CHANNEL, "hidden_size": 1024, "dtypes": ("float16",)}, LOW_8),
     "channel, shard": ({**CHANNEL, "hidden_size": 1024, "parallel": (Parallel(ep=2),)}, LOW_8),

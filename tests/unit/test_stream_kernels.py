@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8 channel, high": ({"quant": ("fp8_w8a8:channel",)}, HIGH),
     "fp8 channel, tails, interleaved": (
         {"quant": ("fp8_w8a8:channel",), "hidden_size": 592, "intermediate_size": 144, "activation": "swigluoai"},
-        FLAT,
+        HIGH,
     ),
     "fp8 channel, many segments": (
         {"quant": ("fp8_w8a8:channel",), "hidden_size": 4736, "intermediate_size": 1680},
