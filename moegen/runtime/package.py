@@ -169,11 +169,10 @@ def _fake(hidden_states: torch.Tensor, *_: object) -> torch.Tensor:
 
 def _variant(call: Call) -> tuple[object, ...]:
     """What of a call, besides the token count, selects other compiled kernels."""
-    weights = [part for w in (call.w13, call.w2) for part in (_kind(w.values), _kind(w.scale), _kind(w.bias))]
-    static = (call.w13.input_scale is None, call.w2.input_scale is None)
+    weights = [_kind(getattr(w, part)) for w in (call.w13, call.w2) for part in ("values", *PARTS)]
     aligned = [_alignment(t) for t in (call.hidden_states, call.w13.values, call.w2.values, call.out)]
     routing = (call.expert_map is None, call.topk_ids.dtype, call.apply_router_weight_on_input)
-    return (*routing, *weights, *static, *aligned)
+    return (*routing, *weights, *aligned)
 
 
 def _alignment(tensor: torch.Tensor) -> tuple[bool, ...]:
@@ -181,10 +180,11 @@ def _alignment(tensor: torch.Tensor) -> tuple[bool, ...]:
     return (tensor.data_ptr() % 16 == 0, *(stride % 16 == 0 for stride in tensor.stride()[:-1]))
 
 
-def _kind(part: torch.Tensor | None) -> torch.dtype | None:
+def _kind(part: torch.Tensor | None) -> tuple[torch.dtype, bool] | None:
     if part is None:
         return None
-    return torch.uint8 if part.dtype == torch.float8_e8m0fnu else part.dtype  # kernels read the byte
+    dtype = torch.uint8 if part.dtype == torch.float8_e8m0fnu else part.dtype  # kernels read the byte
+    return dtype, part.data_ptr() % 16 == 0
 
 
 def _run_reference(layer: Layer, call: Call) -> None:

@@ -202,7 +202,8 @@ def _tensor_maximum(
 
 
 @triton.jit(
-    do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
+    do_not_specialize=["num_experts", "num_local", "rows"],
+    do_not_specialize_on_alignment=["scale", "topk_ids", "expert_map"],
 )
 def _quantise_tensor(
     x,

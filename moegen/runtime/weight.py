@@ -121,10 +121,12 @@ def round_activations(
     if static_scale is not None:
         step = static_scale.float().reshape(1, 1, 1)
     else:
-        amax = padded.abs().max().reshape(1, 1, 1) if scheme.kind == "tensor" else padded.abs().amax(-1, keepdim=True)
+        by_tensor = scheme.kind == "tensor"
+        amax = padded.abs().max().reshape(1, 1, 1) if by_tensor else padded.abs().amax(-1, keepdim=True)
         by_token = scheme.kind in ("channel", "tensor_token") and kind == "fp8"
-        amax = amax.clamp(min=1 / 512 if by_token else 1e-10)
+        amax = amax if by_tensor else amax.clamp(min=1 / 512 if by_token else 1e-10)
         step = amax / torch.full_like(amax, largest)  # by a number, torch multiplies with its reciprocal on a GPU
+        step = step.clamp(min=1e-10) if by_tensor else step
         if scheme.ue8m0 or kind == "mxfp8":
             step = torch.exp2(ceil_log2(step).float())
     scaled = (padded / step).clamp(-largest, largest)

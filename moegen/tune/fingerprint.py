@@ -8,20 +8,9 @@ from pathlib import Path
 from moegen.emit import TESTED, package_files
 from moegen.load import PackageError, read_manifest
 from moegen.plan import Plan, make_plan
+from moegen.runtime.quant import Scheme
 from moegen.spec import MoESpec, Parallel, Shape, VariantSpec
 
-# Beside the layer's own module: every kernel that a call launches, and the functions that generated ones call.
-_RUNTIME = (
-    "align",
-    "decode",
-    "kernel_parts",
-    "quantise",
-    "reduce",
-    "stream_kernel",
-    "stream_parts",
-    "stream_sizes",
-    "stream_w8a8",
-)
 _LENGTH = 16
 
 
@@ -71,10 +60,22 @@ def why_stale(kernels: str, triton: str, variant: VariantSpec) -> str | None:
     return None
 
 
+def _sources(scheme: Scheme) -> tuple[str, ...]:
+    """Modules of the runtime with kernels that layers of this scheme launch, and with functions that those call."""
+    quantised = scheme.row.activation is not None
+    w8a8 = scheme.mode in ("fp8_w8a8", "int8_w8a8")
+    names = ["align", "kernel_parts", "reduce"]
+    names += ["quantise"] if quantised else []
+    names += ["decode"] if scheme.kind else []
+    names += ["stream_kernel", "stream_parts", "stream_sizes"] if not scheme.kind or w8a8 else []
+    names += ["stream_w8a8"] if w8a8 else []
+    return tuple(names)
+
+
 def _kernels(plan: Plan, slug: str, files: Mapping[str, bytes]) -> str:
-    module = next(layer.module for layer in plan.layers if layer.variant.slug == slug)
+    layer = next(layer for layer in plan.layers if layer.variant.slug == slug)
     digest = hashlib.sha256()
-    for name in (f"{module}.py", *(f"runtime/{name}.py" for name in _RUNTIME)):
+    for name in (f"{layer.module}.py", *(f"runtime/{name}.py" for name in _sources(layer.variant.scheme))):
         lines = [
             line for line in files[name].decode().splitlines() if line.strip() and not line.lstrip().startswith("#")
         ]

@@ -85,6 +85,15 @@ def test_like_the_reference(quant: str, rows: int, depth: int) -> None:
         assert_like_reference(real(found, scheme), x, scheme, None)
 
 
+@pytest.mark.parametrize("quant", SCHEMES)
+@pytest.mark.parametrize("largest", [0.0, 1e-12, 1e-9, 3e-8])
+def test_values_below_the_least_scale(quant: str, largest: float) -> None:
+    scheme = Scheme.parse(quant)
+    x = random(3, 64, torch.float32)
+    x *= largest / x.abs().max()
+    assert_like_reference(real(quantise(x, scheme, SCHEMES[quant], None, None), scheme), x, scheme, None)
+
+
 @pytest.mark.parametrize("quant", ["none", "int4_w4a16", "mxfp4_w4a16", "nvfp4_w4a16", "mxfp8", "int8_w8a16"])
 def test_weight_only_schemes_pass_activations_on(quant: str) -> None:
     x = random(2, 40, torch.bfloat16)

@@ -84,6 +84,26 @@ def document(result: tuple[int, str, str], code: int = 0) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- end to end
 
 
+def test_the_next_bucket_is_announced_before_a_comparison(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its first kernels compile while nothing else is to be compiled."""
+    seen: list[tuple[str, int]] = []
+
+    def watched(name: str) -> Callable[..., Any]:
+        own = getattr(Replay, name)
+
+        def call(self: Replay, tokens: int, *rest: Any) -> Any:
+            seen.append((name, tokens))
+            return own(self, tokens, *rest)
+
+        return call
+
+    for name in ("prefetch", "compare"):
+        monkeypatch.setattr(Replay, name, watched(name))
+    assert tune()[0] == 0
+    assert [seen[at - 1] for at, event in enumerate(seen) if event == ("compare", 1)] == [("prefetch", 16)]
+    assert [seen[at - 1] for at, event in enumerate(seen) if event == ("compare", 16)] == [("prefetch", 64)]
+
+
 def test_end_to_end(tune: Any, package: Path, expected: str, tmp_path: Path, capsys: Any) -> None:
     """Tune, check, show, export, import; and again, at once."""
     code, text, messages = tune()
