@@ -70,7 +70,7 @@ def quantise(
     _quantise_groups[(triton.cdiv(rows * groups, per_program),)](
         x, values, scale, *routing, rows, x.stride(0),
         LARGEST=largest, DEPTH=depth, GROUP=group, GROUP_BLOCK=group_block, GROUPS=per_program,
-        LEAST=_least(scheme, largest), UE8M0=scheme.ue8m0 or fake, FAKE=fake, PDL=pdl,
+        LEAST=least_maximum(scheme), UE8M0=scheme.ue8m0 or fake, FAKE=fake, PDL=pdl,
         num_warps=max(4, min(8, group_block // 512)), **pdl_option(pdl),
     )  # fmt: skip
     return Activations(values, None if fake else scale)
@@ -101,9 +101,9 @@ def _by_tensor(
     return Activations(values, scale.view(1))
 
 
-def _least(scheme: Scheme, largest: float) -> float:
+def least_maximum(scheme: Scheme) -> float:
     """The smallest maximum that a scale is made from: guards against a division by zero."""
-    return 1.0 / 512 if scheme.kind in ("channel", "tensor_token") and largest != INT8_MAX else 1e-10
+    return 1.0 / 512 if scheme.kind in ("channel", "tensor_token") and scheme.row.activation != "int8" else 1e-10
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import torch
 
 from .device import device_facts
 from .kernel_parts import pdl_option
+from .quantise import least_maximum
 from .stream_sizes import StreamSizes
 from .tile import TileConfig
 from .tma import descriptor_base
@@ -33,8 +34,12 @@ def stream_sizes(layer: "Layer", tile: TileConfig, weight_on_input: bool) -> Str
         gated=layer.activation.gated,
         interleaved=layer.activation.interleaved,
         weight_on_input=weight_on_input,
+        quantised=layer.scheme.row.activation is not None,
         group_n=layer.scheme.group_n,
+        group_k=layer.scheme.group_k,
+        by_tensor=layer.scheme.kind == "tensor",
         ue8m0=layer.scheme.ue8m0,
+        least=least_maximum(layer.scheme),
         columns=tile.BLOCK_SIZE_N // 2,
         warps=tile.num_warps,
         depth=tile.BLOCK_SIZE_K,
@@ -101,13 +106,12 @@ def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
     sizes = stream_sizes(layer, tile, call.apply_router_weight_on_input)
     hidden = x.new_empty((layer.top_k, layer.intermediate_size))
     grid = device_facts(x.device.index).num_sms if x.is_cuda else _UNKNOWN_GPU
-    quantised = layer.scheme.row.activation is not None
     rows: tuple[Any, ...]  # where activations and, of 8-bit weights, scales are read from
-    if quantised:
-        rows = (_bytes(w13.scale), _bytes(w2.scale), x)
+    if sizes.quantised:
+        rows = (_bytes(w13.scale), _bytes(w2.scale), w13.input_scale, w2.input_scale, x)
     else:
         rows = (_row_descriptor(x, sizes), _row_descriptor(hidden, sizes))
-    _kernel(quantised)[(grid,)](
+    _kernel(sizes.quantised)[(grid,)](
         _weight_descriptor(w13.values, x, sizes, sizes.interleaved),
         _weight_descriptor(w2.values, x, sizes, False),
         *rows,

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from .device import DeviceFacts
     from .tile import Gemm, TileConfig
 
-GROUP = 128  # the K group of scales, the only one that the 8-bit kernel has
+GROUP = 128  # values that activations are quantised by; the only K group of weight scales that the 8-bit kernel has
 LEAST_BLOCKS = 64  # multiprocessors: bounds the tiles of a block, whose weight scales it keeps
 
 
@@ -16,7 +16,11 @@ class StreamSizes:
     """What a compiled stream kernel is for; one constexpr instead of many.
 
     num_experts     those that ids count in; local_experts have weights here
-    group_n, ue8m0  weight rows that share a scale, 0 for 16-bit weights; whether steps of activations are powers of two
+    quantised       whether weights and activations have 8 bits, which the fields down to `least` are about
+    group_n, group_k  weight rows and steps of the reduction that share a scale, 0 = all
+    by_tensor       whether all slots share the scale of their activations
+    ue8m0           whether steps of activations are powers of two
+    least           the smallest maximum that a step is made from
     columns, depth  a tile: so many rows of each half of the weight (gate and up, or the halves of w2) by so many steps
     warps           those that multiply
     stages          weight tiles in the ring, row_stages chunks of 16-bit activations
@@ -30,8 +34,12 @@ class StreamSizes:
     gated: bool
     interleaved: bool
     weight_on_input: bool
+    quantised: bool
     group_n: int
+    group_k: int
+    by_tensor: bool
     ue8m0: bool
+    least: float
     columns: int
     depth: int
     warps: int
@@ -66,14 +74,29 @@ class StreamSizes:
         return (max(self.hidden_size, self.intermediate_size) // self.depth + 1) * self.depth
 
     @property
-    def tiles1(self) -> int:
-        """The most tiles of gemm1 that a block has, rounded up to a power of two."""
-        return _power_of_two(-(-self.top_k * self.strips1 // LEAST_BLOCKS) * self.chunks1)
+    def parts1(self) -> int:
+        """Entries that a strip of gemm1 has in the table of weight scales: one a tile, or one for the whole rows."""
+        return self.chunks1 if self.group_k else 1
 
     @property
-    def tiles2(self) -> int:
-        """The most tiles of gemm2 that a block has, rounded up to a power of two."""
-        return _power_of_two(-(-self.strips2 // LEAST_BLOCKS) * self.top_k * self.chunks2)
+    def parts2(self) -> int:
+        """The same of a strip of gemm2, for each slot."""
+        return self.chunks2 if self.group_k else 1
+
+    @property
+    def entries1(self) -> int:
+        """The most entries of gemm1 that a block has, rounded up to a power of two."""
+        return _power_of_two(-(-self.top_k * self.strips1 // LEAST_BLOCKS) * self.parts1)
+
+    @property
+    def entries2(self) -> int:
+        """The most entries of gemm2 that a block has, rounded up to a power of two."""
+        return _power_of_two(-(-self.strips2 // LEAST_BLOCKS) * self.top_k * self.parts2)
+
+    @property
+    def entry(self) -> int:
+        """Scales in an entry, for each half of the weight: one a K group of the tile, or one a row."""
+        return self.tile_groups if self.group_k else self.columns
 
     @property
     def tile_groups(self) -> int:
@@ -99,10 +122,10 @@ class StreamSizes:
     def memory(self) -> int:
         """Bytes of shared memory; 2 kB for barriers and reductions are an upper bound."""
         tile = 2 * self.columns * self.depth
-        if not self.group_n:
+        if not self.quantised:
             return 2 * (self.stages * tile + self.row_stages * self.depth) + 2048
         rows = (self.segments1 + self.segments2) * self.segment * (GROUP + 4)
-        return self.stages * tile + rows + (self.tiles1 + self.tiles2) * 2 * self.tile_groups * 4 + 2048
+        return self.stages * tile + rows + (self.entries1 + self.entries2) * 2 * self.entry * 4 + 2048
 
 
 def _power_of_two(count: int) -> int:
@@ -124,8 +147,12 @@ def stream_memory(tile: "TileConfig", gemm: "Gemm") -> int:
         gated=True,
         interleaved=False,
         weight_on_input=False,
+        quantised=gemm.is_w8a8,
         group_n=gemm.group_n,
+        group_k=gemm.group_k,
+        by_tensor=False,
         ue8m0=False,
+        least=0.0,
         columns=tile.BLOCK_SIZE_N // 2,
         depth=tile.BLOCK_SIZE_K,
         warps=tile.num_warps,
@@ -140,9 +167,9 @@ def why_illegal_stream(tile: "TileConfig", gemm: "Gemm", device: "DeviceFacts") 
     bits = gemm.w_bits
     if not device.has_wgmma:
         return f"family=stream needs compute capability 9.0, not {device.backend} {device.arch}"
-    if (gemm.a_bits, bits, gemm.group_k) not in ((16, 16, 0), (8, 8, GROUP)):
+    if (gemm.a_bits, bits, gemm.group_k) not in ((16, 16, 0), (8, 8, 0), (8, 8, GROUP)):
         return (
-            f"family=stream is for 16-bit weights and activations, or 8-bit ones with K groups of {GROUP}, "
+            f"family=stream is for 16-bit weights and activations, or 8-bit ones with no K groups or some of {GROUP}, "
             f"not {bits} and {gemm.a_bits} bits with groups of {gemm.group_k}"
         )
     if gemm.depth * bits // 8 % 16:
@@ -161,12 +188,12 @@ def why_illegal_stream(tile: "TileConfig", gemm: "Gemm", device: "DeviceFacts") 
         return f"BLOCK_SIZE_N={tile.BLOCK_SIZE_N} is outside {least}..64"
     if not 2 <= tile.num_stages <= 32:
         return f"num_stages={tile.num_stages} is outside 2..32"
-    return _why_illegal_scales(tile, gemm, device) if gemm.group_k else None
+    return _why_illegal_scales(tile, gemm, device) if gemm.is_w8a8 else None
 
 
 def _why_illegal_scales(tile: "TileConfig", gemm: "Gemm", device: "DeviceFacts") -> str | None:
-    """A tile's rows of a half must share their scales, and a block have room for those of all its tiles."""
-    if gemm.group_n % tile.BLOCK_SIZE_N or gemm.rows % tile.BLOCK_SIZE_N:
+    """A tile's rows of a half must share those of blocks, and a block have room for those of all its tiles."""
+    if gemm.group_k and (gemm.group_n % tile.BLOCK_SIZE_N or gemm.rows % tile.BLOCK_SIZE_N):
         return f"BLOCK_SIZE_N={tile.BLOCK_SIZE_N} does not divide {gemm.rows} rows and the {gemm.group_n} of a scale"
     if device.num_sms < LEAST_BLOCKS:
         return f"family=stream with scales needs {LEAST_BLOCKS} multiprocessors, not {device.num_sms}"

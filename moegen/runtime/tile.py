@@ -6,7 +6,7 @@ from .device import DeviceFacts
 from .stream_sizes import stream_memory, why_illegal_stream
 
 # "portable" and "tma" are families of templates; "tma" is for 8-bit weights and activations on compute capability 9.0.
-# "stream" is for one token there, and weights of 16 bits, or of 8 with block scales: one kernel for the whole layer.
+# "stream" is for one token there, and weights of 16 bits, or of 8 like the activations: one kernel for the whole layer.
 FAMILIES = ("portable", "tma", "stream")
 
 

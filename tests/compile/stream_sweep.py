@@ -30,7 +30,9 @@ HIGH = TileConfig(1, 32, 256, PDL=True, num_warps=8, num_stages=6, family="strea
 # Nearly as many bytes of 8 bits: beside them are quantised activations and scales.
 LOW_8, HIGH_8 = replace(LOW, num_stages=11), replace(HIGH, num_stages=11)
 FLAT_8 = replace(LOW_8, BLOCK_SIZE_K=256, num_stages=22)
+WIDE_8 = replace(LOW_8, num_warps=8)
 BLOCK = {"quant": ("fp8_w8a8:128x128",)}
+CHANNEL = {"quant": ("fp8_w8a8:channel",)}
 
 # name -> fields of the spec, tile
 CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
@@ -57,6 +59,20 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8, not gated": ({**BLOCK, "activation": "relu2_no_mul"}, LOW_8),
     "fp8, ue8m0, shard": ({"quant": ("fp8_w8a8:128x128ue8m0",), "parallel": (Parallel(ep=2),)}, LOW_8),
     "int8": ({"quant": ("int8_w8a8:128x128",)}, LOW_8),
+    "fp8, channel": (CHANNEL, WIDE_8),
+    "fp8, channel, tails, bias, interleaved": (
+        {**CHANNEL, "hidden_size": 592, "intermediate_size": 144, "activation": "swigluoai", "bias": True},
+        HIGH_8,
+    ),
+    "fp8, channel, flat": (CHANNEL, FLAT_8),
+    "fp8, channel, high": ({**CHANNEL, "hidden_size": 7168, "top_k": 8}, HIGH_8),
+    "fp8, channel, two segments": ({**CHANNEL, "intermediate_size": 1536}, LOW_8),
+    "fp8, tensor": ({"quant": ("fp8_w8a8:tensor",)}, WIDE_8),
+    "fp8, tensor, shard": ({"quant": ("fp8_w8a8:tensor",), "parallel": (Parallel(ep=2),)}, HIGH_8),
+    "fp8, tensor and token": ({"quant": ("fp8_w8a8:tensor_token",)}, LOW_8),
+    "int8, channel": ({"quant": ("int8_w8a8:channel",)}, WIDE_8),
+    "int8, channel, high": ({"quant": ("int8_w8a8:channel",)}, replace(HIGH_8, BLOCK_SIZE_K=512, num_stages=5)),
+    "int8, tensor": ({"quant": ("int8_w8a8:tensor",), "activation": "relu2_no_mul"}, LOW_8),
 }
 
 

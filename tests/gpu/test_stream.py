@@ -16,7 +16,17 @@ from moegen.runtime.device import device_facts
 from moegen.runtime.reference import moe_reference
 from moegen.runtime.tile import TileConfig
 from moegen.spec import Parallel
-from tests.compile.stream_sweep import BLOCK, FLAT_8, HIGH, HIGH_8, LOW, LOW_8, package_with_record
+from tests.compile.stream_sweep import (
+    BLOCK,
+    CHANNEL,
+    FLAT_8,
+    HIGH,
+    HIGH_8,
+    LOW,
+    LOW_8,
+    WIDE_8,
+    package_with_record,
+)
 from tests.support.packages import TOLERANCE, make_inputs, oracle, relative_error, spec_of, unnamed
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -57,6 +67,19 @@ QUANTISED: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8, ue8m0": ({"quant": ("fp8_w8a8:128x128ue8m0",), "hidden_size": 1024}, LOW_8),
     "fp8, shard": ({**BLOCK, "hidden_size": 1024, "parallel": (Parallel(ep=2),)}, LOW_8),
     "int8": ({"quant": ("int8_w8a8:128x128",), "hidden_size": 1024, "bias": True}, LOW_8),
+    "channel": ({**CHANNEL, "num_experts": 32, "top_k": 8, "hidden_size": 2048, "intermediate_size": 768}, WIDE_8),
+    "channel, high": ({**CHANNEL, "top_k": 8, "hidden_size": 7168, "intermediate_size": 256}, HIGH_8),
+    "channel, many segments": ({**CHANNEL, "hidden_size": 5120, "intermediate_size": 6144}, LOW_8),
+    "channel, tails": ({**CHANNEL, "hidden_size": 592, "intermediate_size": 144, "bias": True}, HIGH_8),
+    "channel, interleaved": ({**CHANNEL, "hidden_size": 640, "activation": "swigluoai", "bias": True}, LOW_8),
+    "channel, float16": ({**CHANNEL, "hidden_size": 1024, "dtypes": ("float16",)}, LOW_8),
+    "channel, shard": ({**CHANNEL, "hidden_size": 1024, "parallel": (Parallel(ep=2),)}, LOW_8),
+    "int8, channel": ({"quant": ("int8_w8a8:channel",), "top_k": 8, "hidden_size": 2048, "bias": True}, WIDE_8),
+    "tensor and token": ({"quant": ("fp8_w8a8:tensor_token",), "hidden_size": 1024, "bias": True}, LOW_8),
+    "tensor": ({"quant": ("fp8_w8a8:tensor",), "top_k": 8, "hidden_size": 2048, "intermediate_size": 768}, WIDE_8),
+    "tensor, many segments": ({"quant": ("fp8_w8a8:tensor",), "intermediate_size": 6144}, LOW_8),
+    "tensor, shard": ({"quant": ("fp8_w8a8:tensor",), "hidden_size": 1024, "parallel": (Parallel(ep=2),)}, HIGH_8),
+    "int8, tensor": ({"quant": ("int8_w8a8:tensor",), "hidden_size": 1024, "activation": "relu2_no_mul"}, LOW_8),
 }
 
 
@@ -161,8 +184,7 @@ def test_weight_on_input(case: str, build: Any) -> None:
 def test_quantised(case: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the oracle, and against the portable family, which rounds to the same 8 bits."""
     package = build(case)
-    layer, runtime = package.LAYERS[0], package.runtime
-    portable = package._dispatch._PACKAGE._configs.tiles(layer, 1, None, device_facts(0), portable=True)
+    layer = package.LAYERS[0]
     seen = launches(package, monkeypatch)
     mapped = layer.local_experts < layer.num_experts
     for seed, padding in enumerate((0.0, 0.0, 0.4, 1.0)):
@@ -170,14 +192,52 @@ def test_quantised(case: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> No
         got = package.fused_experts(**arguments)
         assert torch.equal(got, package.fused_experts(**arguments))
         assert relative_error(got, oracle(layer, arguments)) < 2e-2
-        weights = [unnamed(package, name, arguments) for name in ("w13", "w2")]
-        x, weight, ids = (arguments[name] for name in ("hidden_states", "topk_weights", "topk_ids"))
-        out = torch.full_like(x, float("nan"))
-        call = runtime.layer.Call(x, *weights, weight, ids, arguments.get("expert_map"), False, out)
-        runtime.layer.run(layer, call, portable)
-        assert relative_error(got, out) < 1e-2
+        assert relative_error(got, portable(package, arguments)) < 1e-2
     assert not got.any()
     assert set(seen) == {"stream"}
+
+
+def portable(package: ModuleType, arguments: dict[str, Any]) -> torch.Tensor:
+    """The same call by the portable family."""
+    layer, runtime = package.LAYERS[0], package.runtime
+    tiles = package._dispatch._PACKAGE._configs.tiles(layer, 1, None, device_facts(0), portable=True)
+    weights = [unnamed(package, name, arguments) for name in ("w13", "w2")]
+    x, weight, ids = (arguments[name] for name in ("hidden_states", "topk_weights", "topk_ids"))
+    out = torch.full_like(x, float("nan"))
+    call = runtime.layer.Call(x, *weights, weight, ids, arguments.get("expert_map"), False, out)
+    runtime.layer.run(layer, call, tiles)
+    return out
+
+
+@pytest.mark.parametrize("case", ["tensor", "tensor, many segments", "tensor, shard", "int8, tensor"])
+def test_static_scales(case: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = build(case)
+    layer = package.LAYERS[0]
+    seen = launches(package, monkeypatch)
+    # The second one lies at an address that is no multiple of 16 bytes, as one of several layers' scales may.
+    scales = torch.full((2,), 0.35 / (127 if "int8" in case else 448), device="cuda")
+    static = {"w13_input_scale": scales[:1], "w2_input_scale": scales[1:]}
+    for seed, names in enumerate(([], ["w13_input_scale"], ["w2_input_scale"], [*static])):
+        arguments = make_inputs(layer, 1, seed, "cuda", padding=0.3, mapped=layer.local_experts < layer.num_experts)
+        arguments |= {name: static[name] for name in names}
+        got = package.fused_experts(**arguments)
+        assert relative_error(got, oracle(layer, arguments)) < 2e-2
+        assert relative_error(got, portable(package, arguments)) < 1e-2
+    assert set(seen) == {"stream"}
+
+
+def test_what_nobody_wrote_changes_no_common_scale(build: Any) -> None:
+    """One step for all slots: `hidden` holds NaN, or large values of the call before, where a slot has no expert."""
+    package = build("tensor")
+    layer = package.LAYERS[0]
+    arguments = make_inputs(layer, 1, 0, "cuda")
+    arguments["topk_ids"][:, ::2] = -1
+    first = package.fused_experts(**arguments)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    large = {**arguments, "hidden_states": arguments["hidden_states"] * 1000, "topk_ids": arguments["topk_ids"].abs()}
+    for _ in range(3):
+        package.fused_experts(**large)
+        assert torch.equal(package.fused_experts(**arguments), first)
 
 
 def test_an_expert_map_to_oneself_changes_no_bit(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +310,7 @@ def test_a_warm_up_lets_it_be_captured(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(seen) == {"stream"}
 
 
-@pytest.mark.parametrize("case", ["plain", "fp8"])
+@pytest.mark.parametrize("case", ["plain", "fp8", "channel", "tensor"])
 def test_thousand_replays_give_one_result(case: str, build: Any) -> None:
     package = build(case)
     arguments = make_inputs(package.LAYERS[0], 1, 0, "cuda")
@@ -267,7 +327,7 @@ def test_thousand_replays_give_one_result(case: str, build: Any) -> None:
             assert torch.equal(output.view(torch.int16), first.view(torch.int16))
 
 
-@pytest.mark.parametrize("case", ["plain", "fp8"])
+@pytest.mark.parametrize("case", ["plain", "fp8", "channel", "tensor"])
 def test_streams_and_graphs_at_once(case: str, build: Any) -> None:
     package = build(case)
     arguments = make_inputs(package.LAYERS[0], 1, 0, "cuda")

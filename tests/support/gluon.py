@@ -205,13 +205,14 @@ def run_as_python(
     ]
     routing = tuple(None if t is None else Pointer(t) for t in (call.topk_weights, call.topk_ids, call.expert_map))
     biases = [None if w.bias is None else Pointer(w.bias) for w in (w13, w2)]
-    module = stream_w8a8 if sizes.group_n else stream_kernel
+    module = stream_w8a8 if sizes.quantised else stream_kernel
     for block in [*range(blocks), *range(blocks)]:
         kernel, ring, rows = as_python(block, blocks)(module), Ring(), Ring()
         kernel.stream_weights(*descriptors, routing, (ring, None, ring), SimpleNamespace(), sizes)
         pointers = (*biases, Pointer(hidden), Pointer(call.out), routing, (ring, ring, ring))
-        if sizes.group_n:
+        if sizes.quantised:
             scales = [Pointer(stream._bytes(w.scale)) for w in (w13, w2)]
+            scales += [None if w.input_scale is None else Pointer(w.input_scale) for w in (w13, w2)]
             shared = tuple(Shared(memory) for memory in _shared_memory(sizes, w13.values.dtype))
             kernel._multiply(
                 Pointer(x), *scales, *pointers, None, None, shared, activation, sizes, sizes.warps
@@ -231,5 +232,25 @@ def _shared_memory(sizes: StreamSizes, dtype: torch.dtype) -> list[torch.Tensor]
     rows = []
     for count in (sizes.segments1, sizes.segments2):
         rows += [torch.zeros(count, sizes.segment, 128, dtype=dtype), torch.full((count, sizes.segment), nan)]
-    tables = [torch.full((count, 2, sizes.tile_groups), nan) for count in (sizes.tiles1, sizes.tiles2)]
+    tables = [torch.full((count, 2, sizes.entry), nan) for count in (sizes.entries1, sizes.entries2)]
     return rows + tables
+
+
+def quantise_as_python(
+    sizes: StreamSizes,
+    dtype: torch.dtype,
+    source: torch.Tensor,
+    static_scale: torch.Tensor | None = None,
+    topk_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What one block makes of the token [1, H] or, with its topk_ids [k], of `hidden` [k, I]: dequantised, float32."""
+    first = topk_ids is None
+    values, steps = (Shared(memory) for memory in _shared_memory(sizes, dtype)[0 if first else 2 :][:2])
+    routing = (None, None if topk_ids is None else Pointer(topk_ids), None)
+    static = None if static_scale is None else Pointer(static_scale)
+    kernel = as_python(0, 1)(stream_w8a8)
+    kernel._quantise(Pointer(source), static, routing, values, steps, first, sizes, sizes.warps)
+    found = values.memory.float() * steps.memory.unsqueeze(2)
+    chunks = sizes.chunks1 if first else sizes.chunks2
+    found = found.flatten()[: len(source) * chunks * sizes.depth].view(len(source), -1)
+    return found[:, : source.shape[1]]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +57,6 @@ def test_illegal_on_other_gpus(target: str) -> None:
     ("fields", "reason"),
     [
         ({"w_bits": 8}, "not 8 and 16 bits with groups of 0"),
-        ({"a_bits": 8, "w_bits": 8}, "not 8 and 8 bits with groups of 0"),
         ({"a_bits": 8, "w_bits": 8, "group_k": 32, "group_n": 32}, "not 8 and 8 bits with groups of 32"),
         ({"a_bits": 32, "w_bits": 32}, "not 32 and 32 bits"),
         ({"depth": 2044}, "rows of 2044 values are not the multiple of 16 bytes"),
@@ -67,6 +67,7 @@ def test_illegal_gemms(fields: dict[str, Any], reason: str) -> None:
 
 
 BLOCKS1, BLOCKS2 = (replace(gemm, a_bits=8, w_bits=8, group_k=128, group_n=128) for gemm in (GEMM1, GEMM2))
+CHANNEL1, CHANNEL2 = (replace(gemm, a_bits=8, w_bits=8) for gemm in (GEMM1, GEMM2))
 TILE_8 = replace(TILE, num_warps=4, num_stages=11)
 
 
@@ -91,21 +92,43 @@ def test_legality_with_block_scales(changes: dict[str, Any], fields: dict[str, A
     assert found is None if reason is None else reason in (found or "")
 
 
-def test_block_scales_need_some_multiprocessors() -> None:
+@pytest.mark.parametrize(
+    ("changes", "fields", "reason"),
+    [
+        ({"BLOCK_SIZE_K": 256}, {}, None),
+        ({"num_warps": 8, "BLOCK_SIZE_K": 256}, {}, "BLOCK_SIZE_N=16 is outside 32..64"),
+        ({"BLOCK_SIZE_N": 64, "num_stages": 5}, {"rows": 1544}, None),
+        ({}, {"depth": 2056}, "rows of 2056 values are not the multiple of 16 bytes"),
+        ({"num_stages": 28}, {}, "bytes of shared memory exceed the 232448 of NVIDIA H200"),
+        ({"num_stages": 26}, {"depth": 65536}, "bytes of shared memory exceed the 232448 of NVIDIA H200"),
+    ],
+)
+def test_legality_without_groups(changes: dict[str, Any], fields: dict[str, Any], reason: str | None) -> None:
+    assert why_illegal(TILE_8, CHANNEL1, H200) is None
+    assert why_illegal(TILE_8, CHANNEL2, H200) is None
+    found = why_illegal(replace(TILE_8, **changes), replace(CHANNEL1, **fields), H200)
+    assert found is None if reason is None else reason in (found or "")
+
+
+@pytest.mark.parametrize("gemm", [BLOCKS1, CHANNEL1])
+def test_scales_need_some_multiprocessors(gemm: Gemm) -> None:
     few = replace(H200, num_sms=16)
     assert why_illegal(TILE, GEMM1, few) is None
-    assert "needs 64 multiprocessors, not 16" in (why_illegal(TILE_8, BLOCKS1, few) or "")
+    assert "needs 64 multiprocessors, not 16" in (why_illegal(TILE_8, gemm, few) or "")
 
 
 def test_a_block_has_room_for_all_its_tiles() -> None:
     for blocks in (64, 78, 132):
-        for fields in ({}, {"top_k": 3, "hidden_size": 656, "intermediate_size": 272}, {"intermediate_size": 14336}):
-            found = sizes(columns=8, depth=256, **fields)
-            assert -(-found.top_k * found.strips1 // blocks) * found.chunks1 <= found.tiles1
-            assert -(-found.strips2 // blocks) * found.top_k * found.chunks2 <= found.tiles2
+        shapes: list[dict[str, int]] = [{}, {"top_k": 3, "hidden_size": 656, "intermediate_size": 272}]
+        for fields, group in product([*shapes, {"intermediate_size": 14336}], (0, 128)):
+            found = sizes(columns=8, depth=256, group_k=group, **fields)
+            assert -(-found.top_k * found.strips1 // blocks) * found.parts1 <= found.entries1
+            assert -(-found.strips2 // blocks) * found.top_k * found.parts2 <= found.entries2
 
 
-@pytest.mark.parametrize(("tile", "gemm"), [(TILE, GEMM1), (TILE_8, BLOCKS1), (TILE_8, BLOCKS2)])
+@pytest.mark.parametrize(
+    ("tile", "gemm"), [(TILE, GEMM1), (TILE_8, BLOCKS1), (TILE_8, BLOCKS2), (TILE_8, CHANNEL1), (TILE_8, CHANNEL2)]
+)
 def test_two_blocks_fit_a_multiprocessor(tile: TileConfig, gemm: Gemm) -> None:
     assert 2 * (shared_memory(tile, gemm) + 1024) <= 233_472
 

@@ -9,13 +9,14 @@ import torch
 
 from moegen.device import TARGETS
 from moegen.runtime.layer import Call
+from moegen.runtime.quant import Scheme
 from moegen.runtime.reference import apply_activation
 from moegen.runtime.stream import stream_sizes
 from moegen.runtime.stream_sizes import StreamSizes
 from moegen.runtime.tile import TileConfig, why_illegal
-from moegen.runtime.weight import Weight
+from moegen.runtime.weight import Weight, round_activations
 from moegen.spec import Parallel
-from tests.support.gluon import run_as_python
+from tests.support.gluon import quantise_as_python, run_as_python
 from tests.support.packages import make_inputs, oracle, relative_error
 
 H200 = TARGETS["cuda:90"]
@@ -40,6 +41,23 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8, many tiles": ({"quant": ("fp8_w8a8:128x128",), "hidden_size": 2304, "intermediate_size": 1152}, LOW),
     "fp8, shard": ({"quant": ("fp8_w8a8:128x128",), "parallel": SHARD}, LOW),
     "int8": ({"quant": ("int8_w8a8:128x128",), "bias": True}, LOW),
+    "fp8 channel, low": ({"quant": ("fp8_w8a8:channel",), "bias": True}, LOW),
+    "fp8 channel, high": ({"quant": ("fp8_w8a8:channel",)}, HIGH),
+    "fp8 channel, tails, interleaved": (
+        {"quant": ("fp8_w8a8:channel",), "hidden_size": 592, "intermediate_size": 144, "activation": "swigluoai"},
+        HIGH,
+    ),
+    "fp8 channel, many segments": (
+        {"quant": ("fp8_w8a8:channel",), "hidden_size": 4736, "intermediate_size": 1680},
+        LOW,
+    ),
+    "fp8 channel, shard": ({"quant": ("fp8_w8a8:channel",), "parallel": SHARD}, LOW),
+    "fp8 tensor": ({"quant": ("fp8_w8a8:tensor",), "activation": "relu2_no_mul"}, LOW),
+    "fp8 tensor, many segments": ({"quant": ("fp8_w8a8:tensor",), "intermediate_size": 3344}, LOW),
+    "fp8 tensor, shard": ({"quant": ("fp8_w8a8:tensor",), "parallel": SHARD}, HIGH),
+    "fp8 tensor_token": ({"quant": ("fp8_w8a8:tensor_token",), "bias": True}, FLAT),
+    "int8 channel": ({"quant": ("int8_w8a8:channel",), "bias": True}, LOW),
+    "int8 tensor": ({"quant": ("int8_w8a8:tensor",)}, HIGH),
 }
 
 
@@ -79,7 +97,7 @@ def test_one_token(case: str, build: Callable[..., ModuleType]) -> None:
         check(package, make_inputs(layer, 1, 2, mapped=True, padding=0.3), tile)
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8_w8a8:128x128"])
+@pytest.mark.parametrize("quant", ["none", "fp8_w8a8:128x128", "fp8_w8a8:channel", "int8_w8a8:tensor"])
 def test_padding_and_repeats(quant: str, build: Callable[..., ModuleType]) -> None:
     package = build(**SMALL, quant=(quant,), bias=True)
     layer = package.LAYERS[0]
@@ -90,7 +108,45 @@ def test_padding_and_repeats(quant: str, build: Callable[..., ModuleType]) -> No
     assert not got.any()
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8_w8a8:128x128"])
+@pytest.mark.parametrize("static", [("w13_input_scale",), ("w2_input_scale",), ("w13_input_scale", "w2_input_scale")])
+@pytest.mark.parametrize("quant", ["fp8_w8a8:tensor", "int8_w8a8:tensor"])
+def test_static_scales(quant: str, static: tuple[str, ...], build: Callable[..., ModuleType]) -> None:
+    package = build(**SMALL, quant=(quant,))
+    scale = torch.tensor([1.5 / (127 if "int8" in quant else 448)])  # smaller than the dynamic one: some are clamped
+    check(package, make_inputs(package.LAYERS[0], 1, 5) | dict.fromkeys(static, scale), LOW)
+
+
+def rounded(x: torch.Tensor, scheme: Scheme, dtype: torch.dtype, static: torch.Tensor | None) -> torch.Tensor:
+    if scheme.kind == "tensor" and static is None:  # docs/modes.md
+        static = (x.abs().max() / (127 if dtype == torch.int8 else 448)).clamp(min=1e-10)
+    return round_activations(x, scheme, dtype, static)
+
+
+@pytest.mark.parametrize("intermediate_size", [272, 6160])  # all slots in one segment, and in several
+@pytest.mark.parametrize(
+    ("quant", "static"),
+    [
+        *[(f"fp8_w8a8:{kind}", None) for kind in ("128x128", "128x128ue8m0", "channel", "tensor", "tensor_token")],
+        *[(f"int8_w8a8:{kind}", None) for kind in ("128x128", "channel", "tensor")],
+        *[(f"{mode}:tensor", torch.tensor([0.03])) for mode in ("fp8_w8a8", "int8_w8a8")],
+    ],
+)
+def test_activations_are_those_of_the_quantiser(
+    quant: str, static: torch.Tensor | None, intermediate_size: int, build: Callable[..., ModuleType]
+) -> None:
+    package = build(**{**SMALL, "intermediate_size": intermediate_size}, quant=(quant,))
+    sizes, scheme = stream_sizes(package.LAYERS[0], LOW, False), Scheme.parse(quant)
+    dtype, g = torch.int8 if "int8" in quant else torch.float8_e4m3fn, torch.Generator().manual_seed(1)
+    ids, live = torch.tensor([4, -1, 1]), [0, 2]
+    for size in (1.0, 1e-9):  # the latter is below the least steps
+        x = torch.randn(1, sizes.hidden_size, generator=g) * size
+        assert torch.equal(quantise_as_python(sizes, dtype, x, static), rounded(x, scheme, dtype, static))
+        hidden = torch.randn(3, intermediate_size, generator=g) * torch.tensor([[0.1], [1e30], [3.0]]) * size
+        got = quantise_as_python(sizes, dtype, hidden, static, ids)
+        assert torch.equal(got[live], rounded(hidden[live], scheme, dtype, static))
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8_w8a8:128x128", "int8_w8a8:channel"])
 def test_weight_on_input(quant: str, build: Callable[..., ModuleType]) -> None:
     package = build(**{**SMALL, "top_k": 1}, quant=(quant,), bias=True)
     arguments = make_inputs(package.LAYERS[0], 1, 4)
