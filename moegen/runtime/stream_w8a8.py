@@ -142,7 +142,7 @@ def _gather_scales(scale, routing, table, FIRST_GEMM: gl.constexpr, S: gl.conste
         row = gl.minimum(strip, S.strips2 - 1) * S.columns
     GROUP_N: gl.constexpr = S.group_n if S.group_n else ROWS
     GROUPS: gl.constexpr = (DEPTH + 127) // 128 if S.group_k else 1
-    expert = gl.maximum(expert_of(routing, slot, S), 0).to(gl.int64)
+    expert = expert_of(routing, slot, S).to(gl.int64)
     half = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
     half = gl.expand_dims(gl.expand_dims(half, 0), 2)
     within = gl.arange(0, ENTRY, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
@@ -155,8 +155,11 @@ def _gather_scales(scale, routing, table, FIRST_GEMM: gl.constexpr, S: gl.conste
         row = gl.minimum(row + within, ROWS // 2 - 1)
     row = 2 * row + half if FIRST_GEMM and S.interleaved else half * (ROWS // 2) + row
     ROW_GROUPS: gl.constexpr = (ROWS + GROUP_N - 1) // GROUP_N
-    start = gl.expand_dims(gl.expand_dims(expert * (ROW_GROUPS * GROUPS), 1), 2)
-    table.store(decode_scale(gl.load(scale + start + row // GROUP_N * GROUPS + group)))
+    expert = gl.expand_dims(gl.expand_dims(expert, 1), 2)
+    place = expert * (ROW_GROUPS * GROUPS) + row // GROUP_N * GROUPS + group
+    # Where a slot has no expert nothing is read: a warm-up's weights have no memory.
+    known, place = gl.broadcast(expert >= 0, place)
+    table.store(decode_scale(gl.load(scale + place, mask=known, other=0)))
 
 
 @gluon.jit

@@ -85,8 +85,9 @@ def read_block(descriptor: Any, start: list[Any]) -> torch.Tensor:
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: object) -> Any:
     index = torch.as_tensor(pointer.offset)
     mask = torch.as_tensor(True if mask is None else mask).expand(index.shape)
-    found = pointer.memory.flatten()[torch.where(mask, index, 0)]
-    return torch.where(mask, found, torch.tensor(other).to(found.dtype)).as_subclass(Values)
+    found = torch.full(index.shape, other, dtype=pointer.memory.dtype)
+    found[mask] = pointer.memory.flatten()[index[mask]]  # what is masked may lie outside
+    return found.as_subclass(Values)
 
 
 def _store(pointer: Pointer, values: torch.Tensor, mask: Any = None) -> None:

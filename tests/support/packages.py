@@ -1,5 +1,6 @@
 """Packages of small layers, random arguments for them, and what it takes to compare results."""
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -181,3 +182,20 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@contextmanager
+def portable_tiles(package: ModuleType) -> Iterator[None]:
+    """Calls inside run the portable family, whatever is faster."""
+    configs = package._dispatch._PACKAGE._configs
+    configs.tiles = functools.partial(configs.tiles, portable=True)
+    try:
+        yield
+    finally:
+        del configs.tiles
+
+
+def by_portable(package: ModuleType, arguments: dict[str, Any]) -> torch.Tensor:
+    """What the portable family gives."""
+    with portable_tiles(package):
+        return package.fused_experts(**arguments)  # type: ignore[no-any-return]

@@ -203,7 +203,7 @@ BLOCKS, CHANNEL, PLAIN_BITS = "w8a8, groups of 128", "w8a8", "16 bit"
         (PLAIN_BITS, QWEN3, 1, "cuda:100", "portable", 16),
         (PLAIN_BITS, QWEN3, 2, "cuda:90", "portable", 16),
         (BLOCKS, QWEN3, 1, "cuda:90", "stream", 1),
-        (CHANNEL, QWEN3, 1, "cuda:90", "portable", 8),
+        (CHANNEL, QWEN3, 1, "cuda:90", "stream", 1),
         (BLOCKS, QWEN3, 1024, "cuda:90", "portable", 64),
         (BLOCKS, QWEN3, 2048, "cuda:90", "tma", 128),
         (BLOCKS, DEEPSEEK, 1024, "cuda:90", "tma", 64),
