@@ -26,9 +26,12 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
     """
     if tokens == 1:
         return family_tiles("stream", gemm1, gemm2, 1, device)
-    if not gemm1.group_k or gemm1.depth < 1024:  # loops of a few steps are unrolled, and spill
+    if not gemm1.group_k:
         return None
     mean, short = mean_slots(gemm1, tokens), gemm2.depth < 512
+    wide = family_tiles("cooperative", gemm1, gemm2, 128, device) if mean >= 128 else None
+    if wide or gemm1.depth < 1024:  # loops of a few steps are unrolled in "tma", and spill
+        return wide
     if mean >= (256 if short else 128):
         return family_tiles("tma", gemm1, gemm2, 128, device)
     if short and mean >= 32:
@@ -68,7 +71,12 @@ def _tma_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> L
     return LayerTiles(high, replace(high, BLOCK_SIZE_N=128, num_stages=3))
 
 
-_FAMILY_TILES = {"stream": _stream_tiles, "tma": _tma_tiles}
+def _cooperative_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:  # noqa: ARG001
+    wide = TileConfig(block_m, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="cooperative")
+    return LayerTiles(wide, replace(wide, GROUP_SIZE_M=16))
+
+
+_FAMILY_TILES = {"stream": _stream_tiles, "tma": _tma_tiles, "cooperative": _cooperative_tiles}
 
 
 def mean_slots(gemm: Gemm, tokens: int) -> float:

@@ -12,6 +12,7 @@ import triton
 
 from moegen.runtime import stream, stream_kernel, stream_w8a8
 from moegen.runtime.stream_sizes import StreamSizes
+from moegen.runtime.weight import scale_bytes
 
 
 class Values(torch.Tensor):
@@ -211,7 +212,7 @@ def run_as_python(
         kernel.stream_weights(*descriptors, routing, (ring, None, ring), SimpleNamespace(), sizes)
         pointers = (*biases, Pointer(hidden), Pointer(call.out), routing, (ring, ring, ring))
         if sizes.group_n:
-            scales = [Pointer(stream._bytes(w.scale)) for w in (w13, w2)]
+            scales = [Pointer(scale_bytes(w.scale)) for w in (w13, w2)]
             shared = tuple(Shared(memory) for memory in _shared_memory(sizes, w13.values.dtype))
             kernel._multiply(
                 Pointer(x), *scales, *pointers, None, None, shared, activation, sizes, sizes.warps
