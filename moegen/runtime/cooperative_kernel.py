@@ -89,8 +89,8 @@ def _produce(a, w, routing, ring, S: gl.constexpr):
                 if S.depth % _GROUP == 0:
                     async_copy.async_copy_global_to_shared(a_bufs.index(stage), pointers + k)
                 else:
-                    inside, _ = gl.broadcast(depth < S.depth - k, pointers)
-                    async_copy.async_copy_global_to_shared(a_bufs.index(stage), pointers + k, mask=inside)
+                    inside, block = gl.broadcast(depth < S.depth - k, pointers + k)
+                    async_copy.async_copy_global_to_shared(a_bufs.index(stage), block, mask=inside)
                 async_copy.commit_group()
                 async_copy.wait_group(_LAG)
                 behind = _announce(ready, behind, steps >= _LAG, S)
@@ -102,8 +102,8 @@ def _produce(a, w, routing, ring, S: gl.constexpr):
             stage, phase = next_stage(stage, phase, S.stages)
     if S.gathers:
         async_copy.wait_group(0)
-        for _ in gl.static_range(_LAG):
-            behind = _announce(ready, behind, steps > 0, S)
+        for late in gl.static_range(_LAG):
+            behind = _announce(ready, behind, steps + late >= _LAG, S)
 
 
 @gluon.jit
@@ -189,14 +189,15 @@ def _store(values, out, out_scale, routing, first, column, DTYPE: gl.constexpr, 
         values = _quantised(values, out, out_scale, routing, first, column, DTYPE, S)
     values = values.to(out.dtype.element_ty)
     # 16 bytes a thread and whole rows of 16 a warp.
-    VALUES: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
-    LANES: gl.constexpr = N // VALUES
-    WIDE: gl.constexpr = gl.BlockedLayout([LANES // 2, VALUES], [32 // LANES, LANES], [4, 1], [1, 0])
-    values = gl.convert_layout(values, WIDE)
-    position = first + gl.arange(0, _EACH, layout=gl.SliceLayout(1, WIDE))
+    if out.dtype.element_ty != gl.float32:  # eight bytes a thread are whole sectors as well
+        VALUES: gl.constexpr = 16 if out_scale is not None else 8
+        LANES: gl.constexpr = N // VALUES
+        WIDE: gl.constexpr = gl.BlockedLayout([LANES // 2, VALUES], [32 // LANES, LANES], [4, 1], [1, 0])
+        values = gl.convert_layout(values, WIDE)
+    position = first + gl.arange(0, _EACH, layout=gl.SliceLayout(1, values.type.layout))
     slots = gl.load(routing[1] + position)
     row = (position if S.gathers else slots).to(gl.int64) * S.columns
-    columns = gl.expand_dims(column + gl.arange(0, N, layout=gl.SliceLayout(0, WIDE)), 0)
+    columns = gl.expand_dims(column + gl.arange(0, N, layout=gl.SliceLayout(0, values.type.layout)), 0)
     inside = gl.expand_dims(slots < routing[4], 1) & (columns < S.columns)
     gl.store(out + (gl.expand_dims(row, 1) + columns), values, mask=inside)
 

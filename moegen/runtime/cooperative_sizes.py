@@ -90,9 +90,11 @@ class CooperativeSizes:
 
 
 def cooperative_memory(tile: "TileConfig", gemm: "Gemm") -> int:
-    """Bytes of shared memory: the ring, a consumer's rows on their way to 16-byte stores, barriers and arguments."""
-    ring = tile.num_stages * (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * GROUP
-    return ring + 0
+    """Bytes of shared memory: the ring with its barriers, and each consumer's result on its way to 16-byte stores."""
+    ring = tile.num_stages * ((tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * GROUP + 16)
+    quantised = gemm.op == "gemm1" and tile.BLOCK_SIZE_N == 2 * GROUP
+    columns = GROUP // 2 if gemm.gated and tile.BLOCK_SIZE_N == GROUP else GROUP
+    return ring + 2 * 64 * columns * (1 if quantised else 2) + 8
 
 
 def why_illegal_cooperative(tile: "TileConfig", gemm: "Gemm", device: "DeviceFacts") -> str | None:
