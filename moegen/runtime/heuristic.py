@@ -22,16 +22,17 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
     """Those of a family that is faster than the portable one for `tokens` tokens, if there is one.
 
     "stream" gains 7 to 30 % at one token. With block scales "tma" gains 7 to 45 %, from few slots an expert on where
-    the reduction of gemm2 is short; scales that come after the loop leave it nothing to gain (docs/performance.md).
+    the reduction of gemm2 is short, and "cooperative" as much again where experts have many; scales that come after
+    the loop leave them nothing to gain (docs/performance.md).
     """
     if tokens == 1:
         return family_tiles("stream", gemm1, gemm2, 1, device)
-    if not gemm1.group_k:
+    if not gemm1.group_k or gemm1.depth < 1024:  # loops of a few steps are unrolled in "tma", and spill
         return None
     mean, short = mean_slots(gemm1, tokens), gemm2.depth < 512
-    wide = family_tiles("cooperative", gemm1, gemm2, 128, device) if mean >= 128 else None
-    if wide or gemm1.depth < 1024:  # loops of a few steps are unrolled in "tma", and spill
-        return wide
+    found = family_tiles("cooperative", gemm1, gemm2, 128, device) if mean >= 128 else None
+    if found:
+        return found
     if mean >= (256 if short else 128):
         return family_tiles("tma", gemm1, gemm2, 128, device)
     if short and mean >= 32:

@@ -161,7 +161,7 @@ def test_record_warmup_and_capture(make: Build, tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_heuristic_takes_it(make: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = make(hidden_size=512)
+    package = make(hidden_size=1024)
     families = []
     module = package.runtime.package
     original = module.run

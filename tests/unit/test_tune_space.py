@@ -64,6 +64,15 @@ def test_block_scales_of_many_slots_may_take_the_family_tma(tokens: int, sizes: 
     assert not any(kind.family == "tma" for kind in space_of(tokens, "fp8 block", TARGETS["cuda:100"]).kinds)
 
 
+@pytest.mark.parametrize(("tokens", "quant", "target", "there"), [
+    (512, "fp8 block", "cuda:90", True), (256, "fp8 block", "cuda:90", False), (4096, "fp8", "cuda:90", False),
+    (4096, "fp8 block", "cuda:100", False),
+])  # fmt: skip
+def test_more_slots_may_take_the_family_cooperative(tokens: int, quant: str, target: str, there: bool) -> None:
+    kinds = space_of(tokens, quant, TARGETS[target]).kinds
+    assert (Kind("cooperative", 128) in kinds) == there
+
+
 def test_near_the_rule_both_assignments_are_tried() -> None:
     """128 experts, top_k 8: the rule ends at 4 tokens."""
     chosen = {tokens: {pair.low_latency for pair in space_of(tokens).others} for tokens in (1, 2, 4, 5, 8, 16, 17, 64)}
