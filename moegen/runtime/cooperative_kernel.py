@@ -136,14 +136,12 @@ def _scaled(product, factor):
 
 
 @gluon.jit
-def _scales(a_scale, w_scale, routing, pid_m, expert, row, first, ACC: gl.constexpr, S: gl.constexpr):
+def _scales(a_scale, w_scale, routing, expert, row, first, ACC: gl.constexpr, S: gl.constexpr):
     """Where the scales of a consumer's part of a tile begin: of its rows [64], and of both halves of its columns."""
     HIGH: gl.constexpr = S.columns // _GROUP if S.gated else 1  # groups from low to high
-    position = first + gl.arange(0, _EACH, layout=gl.SliceLayout(1, ACC))
+    a_rows = first + gl.arange(0, _EACH, layout=gl.SliceLayout(1, ACC))
     if S.gathers:
-        a_rows = gl.minimum(gl.load(routing[1] + position), routing[4] - 1) // S.top_k
-    else:
-        a_rows = position
+        a_rows = gl.minimum(gl.load(routing[1] + a_rows), routing[4] - 1) // S.top_k
     group = expert * S.row_groups + row // _GROUP
     high = gl.minimum(group + HIGH, (expert + 1) * S.row_groups - 1)
     return a_scale + a_rows * S.steps, w_scale + group * S.steps, w_scale + high * S.steps
@@ -167,7 +165,7 @@ def _times_weights(values, routing, first):
 
 @gluon.jit
 def _quantised(values, out, out_scale, routing, first, column, DTYPE: gl.constexpr, S: gl.constexpr):
-    """values [64, 128], a group of columns, in the type of out; to the bits of runtime/quantise.py. Stores the scales."""
+    """values [64, 128], a group of columns, in the type of out, to the bits of runtime/quantise.py; stores the scales."""
     LARGEST: gl.constexpr = 127.0 if out.dtype.element_ty == gl.int8 else 448.0
     GROUPS: gl.constexpr = (S.columns + _GROUP - 1) // _GROUP
     values = values.to(DTYPE).to(gl.float32)
@@ -205,7 +203,7 @@ def _store(values, out, out_scale, routing, first, column, DTYPE: gl.constexpr, 
 @gluon.jit
 def _finish(low, high, expert, first, column, routing, results, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr,
             S: gl.constexpr):  # fmt: skip
-    """What follows the products: router's weights, bias, activation, stores. `high` counts if there is more than low."""
+    """What follows the products: router's weights, bias, activation, stores. `high` counts if BOTH."""
     out, out_scale, bias = results
     BOTH: gl.constexpr = S.gated or S.products == 2
     WEIGHT_FIRST: gl.constexpr = S.weighted and S.gathers  # on the input, hence before the bias
@@ -254,9 +252,7 @@ def _consume(part: gl.constexpr, routing, a_scale, w_scale, results, ring, ACTIV
         expert = gl.minimum(gl.load(routing[2] + pid_m), S.num_experts - 1)
         first = pid_m * S.block_m + part * _EACH
         column = pid_n * (S.block_n // S.sides)
-        token_scales, low_scales, high_scales = _scales(
-            a_scale, w_scale, routing, pid_m, expert, column, first, ACC, S
-        )
+        token_scales, low_scales, high_scales = _scales(a_scale, w_scale, routing, expert, column, first, ACC, S)
         # A step's scales are loaded one step ahead: a load in front of the product would delay it.
         token_scale = gl.load(token_scales)
         low_scale = decode_scale(gl.load(low_scales))

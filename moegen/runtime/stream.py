@@ -143,9 +143,9 @@ def _row_descriptor(rows: torch.Tensor, sizes: StreamSizes) -> Any:  # noqa: ANN
     return gluon_descriptor(rows, [count, length], [length, 1], [1, sizes.depth])
 
 
-def gluon_descriptor(  # noqa: ANN201 - of a type that need not exist on other GPUs
+def gluon_descriptor(
     base: torch.Tensor, shape: list[int], strides: list[int], block: list[int], swizzle: int = 0
-) -> Any:  # noqa: ANN401
+) -> Any:  # noqa: ANN401 - of a type that need not exist on other GPUs
     """A tensor descriptor for Gluon; swizzle: bytes, of the block's place in shared memory."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

@@ -1,4 +1,4 @@
-"""The family "cooperative" on a GPU, chosen through tile configs: oracle in float64, memory poisoned with NaN, graphs."""
+"""The family "cooperative" on a GPU, through tile configs: oracle in float64, memory poisoned with NaN, graphs."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -81,7 +81,7 @@ class Ring:
         self.steps.append({})
         self.promised.append(size)
 
-    def _arrive(self, barrier: tuple[str, int], count: int, pred: Any = True) -> None:
+    def _arrive(self, barrier: tuple[str, int], *, pred: Any = True, **_: int) -> None:
         if self.produces and bool(pred):
             assert barrier == ("ready", self.announced % self.stages)
             self.announced += 1
@@ -155,7 +155,7 @@ class PythonKernel:
     def __getitem__(self, _grid: object) -> Callable[..., None]:
         return self._launch
 
-    def _launch(self, *arguments: Any, S: Any, DTYPE: Any, **_: Any) -> None:  # noqa: N803 - the kernel's names
+    def _launch(self, *arguments: Any, S: Any, DTYPE: Any, **_: Any) -> None:
         a, w, bias, out, out_scale, topk_weights, *assignment, num_slots, a_scale, w_scale = map(_in_kernel, arguments)
         routing, results = (topk_weights, *assignment, num_slots), (out, out_scale, bias)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[str(DTYPE)]

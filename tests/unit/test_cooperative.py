@@ -14,7 +14,9 @@ FIRST = Gemm("gemm1", 128, 8, 1536, 2048, True, a_bits=8, w_bits=8, group_k=128,
 SECOND = replace(FIRST, op="gemm2", rows=2048, depth=768, gated=False)
 WIDE = TileConfig(128, 256, 128, 4, num_warps=8, num_stages=4, family="cooperative")
 NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=6)
-OTHER_SCALES = "family=cooperative is for 8-bit weights and activations with scales of 128x128, not {} with scales of {}"
+OTHER_SCALES = (
+    "family=cooperative is for 8-bit weights and activations with scales of 128x128, not {} with scales of {}"
+)
 
 ILLEGAL: list[tuple[TileConfig, Gemm, str]] = [
     (WIDE, replace(FIRST, a_bits=16), OTHER_SCALES.format("8 and 16 bits", "128x128")),

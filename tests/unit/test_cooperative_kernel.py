@@ -1,4 +1,4 @@
-"""What the kernel of the family "cooperative" computes, run as Python (tests/support/gluon_gemm.py), against the oracle."""
+"""What the kernel of the family "cooperative" computes, as Python (tests/support/gluon_gemm.py), against the oracle."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,7 +51,9 @@ def quantise(x: torch.Tensor, scheme: Any, dtype: torch.dtype, *_: object) -> Ac
     return Activations(((scaled + 0.5).floor() if dtype == torch.int8 else scaled).to(dtype).contiguous(), step)
 
 
-def reduce(slots: torch.Tensor, topk_ids: torch.Tensor, out: torch.Tensor, experts: int, expert_map: Any, *_: Any) -> None:
+def reduce(
+    slots: torch.Tensor, topk_ids: torch.Tensor, out: torch.Tensor, experts: int, expert_map: Any, *_: Any
+) -> None:
     """runtime/reduce.py in torch."""
     known = (topk_ids >= 0) & (topk_ids < experts)
     live = known if expert_map is None else known & (expert_map[topk_ids.clamp(0, experts - 1).long()] >= 0)

@@ -88,7 +88,10 @@ REFUSED: list[tuple[object, str]] = [
     ({**PLAIN, "num_warps": [4]}, r"here.num_warps: \[4\] is not allowed; allowed: int"),
     ({**PLAIN, "num_stages": {"a": 1}}, "here.num_stages: .* is not allowed; allowed: int"),
     ({**PLAIN, "SWAP_AB": 1}, "here.SWAP_AB: 1 is not allowed; allowed: bool"),
-    ({**PLAIN, "family": "warp"}, "here.family: 'warp' is not allowed; allowed: portable or tma or cooperative or stream"),
+    (
+        {**PLAIN, "family": "warp"},
+        "here.family: 'warp' is not allowed; allowed: portable or tma or cooperative or stream",
+    ),
     ({**PLAIN, "family": ["portable"]}, "here.family: .* is not allowed; allowed: portable"),
     ({**PLAIN, "family": 1}, "here.family: 1 is not allowed; allowed: portable"),
 ]
