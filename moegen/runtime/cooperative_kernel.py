@@ -165,7 +165,7 @@ def _times_weights(values, routing, first):
 
 @gluon.jit
 def _quantised(values, out, out_scale, routing, first, column, DTYPE: gl.constexpr, S: gl.constexpr):
-    """values [64, 128], a group of columns, in the type of out, to the bits of runtime/quantise.py; stores the scales."""
+    """values [64, 128], a group, in the type of out, to the bits of runtime/quantise.py; stores the scales."""
     LARGEST: gl.constexpr = 127.0 if out.dtype.element_ty == gl.int8 else 448.0
     GROUPS: gl.constexpr = (S.columns + _GROUP - 1) // _GROUP
     values = values.to(DTYPE).to(gl.float32)
