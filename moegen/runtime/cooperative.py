@@ -42,11 +42,11 @@ def cooperative_sizes(layer: "Layer", op: str, weighted: bool, tile: TileConfig)
 
 
 @functools.cache
-def _kernel() -> Any:  # noqa: ANN401 - a Gluon function has no Python type
+def _kernel(op: str) -> Any:  # noqa: ANN401 - a Gluon function has no Python type
     # Imported where it is used: nothing of Gluon is needed, nor has to exist, on other GPUs.
-    from .cooperative_kernel import cooperative_gemm
+    from . import cooperative_kernel
 
-    return cooperative_gemm
+    return getattr(cooperative_kernel, f"{op}_cooperative")
 
 
 def launch_cooperative(
@@ -67,7 +67,7 @@ def launch_cooperative(
     if not sizes.gathers:
         block = [tile.BLOCK_SIZE_M, tile.BLOCK_SIZE_K]
         rows = gluon_descriptor(rows, list(rows.shape), list(rows.stride()), block, _SWIZZLE)
-    _kernel()[(device_facts(x.device.index).num_sms if x.is_cuda else UNKNOWN_GPU,)](
+    _kernel(op)[(device_facts(x.device.index).num_sms if x.is_cuda else UNKNOWN_GPU,)](
         rows,
         _weights(w.values, sizes, x),
         w.bias,

@@ -2,13 +2,15 @@
 
 A block of 12 warps: consumer 0 (the default partition), consumer 1, a producer. Programs are persistent, one a
 multiprocessor. A tile is 128 sorted slots by BLOCK_SIZE_N weight rows, a step 128 deep, and consumer c has slots
-64 c … 64 c + 63 of it. The tensor cores cannot scale, so every step's product is scaled and added by ordinary ones:
-nothing in the loop makes one consumer wait for the other, and one scales while the product of the other runs. The
-producer fills a ring: weights by TMA, tokens by cp.async in gemm1, which gathers them, and by TMA in gemm2.
+64 c … 64 c + 63 of it; of a tile of 64 slots it has half of the columns. The tensor cores cannot scale, so every step's
+product is scaled and added by ordinary ones: nothing in the loop makes one consumer wait for the other, and one scales
+while the product of the other runs. The producer fills a ring: weights by TMA, tokens by cp.async in gemm1, which
+gathers them, and by TMA in gemm2.
 
-S is a CooperativeSizes; routing is (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots),
-ring (tiles of a, blocks of w, the barriers that say they are empty and loaded). Gluon, hence imported only where the
-family runs (cooperative.py).
+S is a CooperativeSizes; routing is (topk_weights [num_slots], sorted_token_ids, expert_ids, num_tokens_post_padded,
+num_slots), ring (tiles of a, blocks of w, the barriers that say they are empty and loaded), results (out, out_scale,
+bias, and for consumers that share groups the maxima that they exchange and a barrier). Gluon, hence imported only where
+the family runs (cooperative.py).
 """
 
 from triton.experimental import gluon
@@ -52,7 +54,7 @@ def _load_weights(w, expert, pid_n, k, bar, w_bufs, stage, S: gl.constexpr):
 @gluon.jit
 def _announce(ready, behind, live, S: gl.constexpr):
     """The tokens of stage `behind` have arrived; the stage after it."""
-    fence_async_shared()  # by the threads that wrote, in front of the arrival: products read through another proxy
+    fence_async_shared()  # cp.async wrote through one proxy, products read through another
     mbarrier.arrive(ready.index(behind), count=1, pred=live)
     return gl.where(behind == S.stages - 1, 0, behind + 1)
 
@@ -113,11 +115,11 @@ def _product(a_tile, w_tile, nothing, part: gl.constexpr, S: gl.constexpr):
     Products of gemm1 then queue, instead of sharing the tensor cores and ending, hence scaling, together. The short
     reductions of gemm2 gain nothing from it, and it ties the consumers' epilogues together.
     """
-    if S.gathers:
+    if S.takes_turns:
         asm("bar.sync " + (_FIRST_TURN if part == 0 else _SECOND_TURN))
     w_tile = w_tile.reshape((_GROUP, _GROUP)).permute((1, 0))
     product = warpgroup_mma(a_tile, w_tile, nothing, use_acc=False, is_async=True)
-    if S.gathers:
+    if S.takes_turns:
         asm("bar.arrive " + (_SECOND_TURN if part == 0 else _FIRST_TURN))
     return product
 
@@ -142,8 +144,9 @@ def _scales(a_scale, w_scale, routing, expert, row, first, ACC: gl.constexpr, S:
     a_rows = first + gl.arange(0, _EACH, layout=gl.SliceLayout(1, ACC))
     if S.gathers:
         a_rows = gl.minimum(gl.load(routing[1] + a_rows), routing[4] - 1) // S.top_k
-    group = expert * S.row_groups + row // _GROUP
-    high = gl.minimum(group + HIGH, (expert + 1) * S.row_groups - 1)
+    last = (expert + 1) * S.row_groups - 1
+    group = gl.minimum(expert * S.row_groups + row // _GROUP, last)
+    high = gl.minimum(group + HIGH, last)
     return a_scale + a_rows * S.steps, w_scale + group * S.steps, w_scale + high * S.steps
 
 
@@ -164,31 +167,51 @@ def _times_weights(values, routing, first):
 
 
 @gluon.jit
-def _quantised(values, out, out_scale, routing, first, column, DTYPE: gl.constexpr, S: gl.constexpr):
-    """values [64, 128], a group, in the type of out, to the bits of runtime/quantise.py; stores the scales."""
+def _of_both(largest, maxima, met, part: gl.constexpr, turn):
+    """The larger of both consumers' values [64]. Of one turn's exchange nothing is written before the next but one."""
+    maxima.index(2 * turn + part).store(largest)
+    mbarrier.arrive(met, count=1)
+    mbarrier.wait(met, turn)
+    return gl.maximum(largest, maxima.index(2 * turn + 1 - part).load(largest.type.layout))
+
+
+@gluon.jit
+def _quantised(values, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr,
+               S: gl.constexpr):  # fmt: skip
+    """values [64, 128], a group, or a consumer's half of one, in the type of out; stores the scales.
+
+    To the bits of runtime/quantise.py.
+    """
+    out = results[0]
     LARGEST: gl.constexpr = 127.0 if out.dtype.element_ty == gl.int8 else 448.0
     GROUPS: gl.constexpr = (S.columns + _GROUP - 1) // _GROUP
     values = values.to(DTYPE).to(gl.float32)
     if S.columns % _GROUP != 0:
         columns = column + gl.arange(0, _GROUP, layout=gl.SliceLayout(0, values.type.layout))
         values = gl.where(gl.expand_dims(columns < S.columns, 0), values, 0.0)
-    step = group_scale(gl.max(gl.abs(values), axis=1), 1e-10, LARGEST, S.ue8m0)
+    largest = gl.max(gl.abs(values), axis=1)
+    if S.shares_groups:
+        largest = _of_both(largest, results[3], results[4], part, turn)
+    step = group_scale(largest, 1e-10, LARGEST, S.ue8m0)
     position = first + gl.arange(0, _EACH, layout=step.type.layout)
     live = gl.load(routing[1] + position) < routing[4]
-    gl.store(out_scale + position * GROUPS + column // _GROUP, step, mask=live & (column < S.columns))
+    # Of two consumers that share a group the first one stores its scale.
+    mine = (column % _GROUP == 0) & (column < S.columns)
+    gl.store(results[1] + position * GROUPS + column // _GROUP, step, mask=live & mine)
     return to_8_bit(divide(values, gl.expand_dims(step, 1)), LARGEST, out.dtype.element_ty)
 
 
 @gluon.jit
-def _store(values, out, out_scale, routing, first, column, DTYPE: gl.constexpr, S: gl.constexpr):
+def _store(values, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr, S: gl.constexpr):
     """values [64, N] to the columns from `column` on: gemm1's in sorted order, gemm2's to their slots."""
     N: gl.constexpr = values.shape[1]
-    if out_scale is not None:
-        values = _quantised(values, out, out_scale, routing, first, column, DTYPE, S)
+    out = results[0]
+    if results[1] is not None:
+        values = _quantised(values, results, routing, first, column, part, turn, DTYPE, S)
     values = values.to(out.dtype.element_ty)
     # 16 bytes a thread and whole rows of 16 a warp.
     if out.dtype.element_ty != gl.float32:  # eight bytes a thread are whole sectors as well
-        VALUES: gl.constexpr = 16 if out_scale is not None else 8
+        VALUES: gl.constexpr = 16 if results[1] is not None else 8
         LANES: gl.constexpr = N // VALUES
         WIDE: gl.constexpr = gl.BlockedLayout([LANES // 2, VALUES], [32 // LANES, LANES], [4, 1], [1, 0])
         values = gl.convert_layout(values, WIDE)
@@ -201,10 +224,10 @@ def _store(values, out, out_scale, routing, first, column, DTYPE: gl.constexpr, 
 
 
 @gluon.jit
-def _finish(low, high, expert, first, column, routing, results, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr,
-            S: gl.constexpr):  # fmt: skip
+def _finish(low, high, expert, first, column, routing, results, part: gl.constexpr, turn, ACTIVATION: gl.constexpr,
+            DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
     """What follows the products: router's weights, bias, activation, stores. `high` counts if BOTH."""
-    out, out_scale, bias = results
+    bias = results[2]
     BOTH: gl.constexpr = S.gated or S.products == 2
     WEIGHT_FIRST: gl.constexpr = S.weighted and S.gathers  # on the input, hence before the bias
     if WEIGHT_FIRST:
@@ -222,12 +245,12 @@ def _finish(low, high, expert, first, column, routing, results, ACTIVATION: gl.c
         if BOTH:
             high = _times_weights(high, routing, first)
     if S.gated:
-        _store(ACTIVATION(low, high), out, out_scale, routing, first, column, DTYPE, S)
+        _store(ACTIVATION(low, high), results, routing, first, column, part, turn, DTYPE, S)
     else:
-        _store(ACTIVATION(low) if S.gathers else low, out, out_scale, routing, first, column, DTYPE, S)
+        _store(ACTIVATION(low) if S.gathers else low, results, routing, first, column, part, turn, DTYPE, S)
         if BOTH:
             high = ACTIVATION(high) if S.gathers else high
-            _store(high, out, out_scale, routing, first, column + _GROUP, DTYPE, S)
+            _store(high, results, routing, first, column + _GROUP, part, turn, DTYPE, S)
 
 
 @gluon.jit
@@ -242,16 +265,20 @@ def _consume(part: gl.constexpr, routing, a_scale, w_scale, results, ring, ACTIV
     PRODUCT: gl.constexpr = gl.int32 if a_bufs.dtype == gl.int8 else gl.float32
     BOTH: gl.constexpr = S.gated or S.products == 2
     num_m = gl.load(routing[3]) // S.block_m
+    FIRST_HALF: gl.constexpr = 0 if S.parts_by_rows else part
     nothing = gl.zeros((_EACH, _GROUP), PRODUCT, layout=ACC)
     stage = 0
     phase = 0
-    if S.gathers and part == 1:
+    turn = 0  # of tiles, by twos
+    if S.takes_turns and part == 1:
         asm("bar.arrive " + _FIRST_TURN)  # consumer 0 begins
     for tile in range(gl.program_id(0), num_m * S.tiles_n, gl.num_programs(0)):
         pid_m, pid_n = tile_order(tile, num_m, S.tiles_n, S.group_m)
         expert = gl.minimum(gl.load(routing[2] + pid_m), S.num_experts - 1)
-        first = pid_m * S.block_m + part * _EACH
-        column = pid_n * (S.block_n // S.sides)
+        first = pid_m * S.block_m
+        column = pid_n * (S.block_n // S.sides) + FIRST_HALF * S.width
+        if S.parts_by_rows:
+            first += part * _EACH
         token_scales, low_scales, high_scales = _scales(a_scale, w_scale, routing, expert, column, first, ACC, S)
         # A step's scales are loaded one step ahead: a load in front of the product would delay it.
         token_scale = gl.load(token_scales)
@@ -266,8 +293,10 @@ def _consume(part: gl.constexpr, routing, a_scale, w_scale, results, ring, ACTIV
             factor_low = token_scale * low_scale
             factor_high = token_scale * high_scale
             mbarrier.wait(ready.index(stage), phase)
-            a_tile = a_bufs.index(stage).slice(part * _EACH, _EACH, 0)
-            product = _product(a_tile, w_bufs.index(stage * S.halves), nothing, part, S)
+            a_tile = a_bufs.index(stage)
+            if S.parts_by_rows:
+                a_tile = a_tile.slice(part * _EACH, _EACH, 0)
+            product = _product(a_tile, w_bufs.index(stage * S.halves + FIRST_HALF), nothing, part, S)
             token_scale = gl.load(token_scales + ahead)
             low_scale = decode_scale(gl.load(low_scales + ahead))
             if BOTH:
@@ -287,45 +316,44 @@ def _consume(part: gl.constexpr, routing, a_scale, w_scale, results, ring, ACTIV
             else:
                 low += _scaled(product, factor_low)
             stage, phase = next_stage(stage, phase, S.stages)
-        _finish(low, high, expert, first, column, routing, results, ACTIVATION, DTYPE, S)
-    if S.gathers and part == 0:
+        _finish(low, high, expert, first, column, routing, results, part, turn, ACTIVATION, DTYPE, S)
+        turn ^= 1
+    if S.takes_turns and part == 0:
         asm("bar.sync " + _FIRST_TURN)  # takes consumer 1's last arrival
 
 
-@gluon.jit(
-    do_not_specialize=["num_slots"],
-    do_not_specialize_on_alignment=["topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded"],
-)
-def cooperative_gemm(
+@gluon.jit
+def _gemm(
     a,  # gemm1: values [tokens, DEPTH]; gemm2: descriptor of the sorted rows [rows, DEPTH], block [BLOCK_SIZE_M, 128]
     w,  # descriptor [E, sides, ROWS / sides, DEPTH], block S.weight_box
     bias,  # [E, ROWS] or None
     out,  # gemm1: [sorted slots, columns]; gemm2: [num_slots, columns] in (token, slot) order
     out_scale,  # [sorted slots, groups] float32, or None if out is not quantised
-    topk_weights,  # [num_slots]
-    sorted_token_ids,  # slots sorted by expert and padded with num_slots
-    expert_ids,  # expert of each M block
-    num_tokens_post_padded,  # [1], number of sorted slots that are in use
-    num_slots,
+    routing,
     a_scale,  # [rows of a, steps] float32
     w_scale,  # [E, row groups, steps] float32 or e8m0
     ACTIVATION: gl.constexpr,
     DTYPE: gl.constexpr,  # of the layer
-    S: gl.constexpr,  # CooperativeSizes
-    num_warps: gl.constexpr,  # of a partition
+    S: gl.constexpr,
+    WARPS: gl.constexpr,  # of a partition
 ):
-    """One grouped GEMM with its epilogue."""
     VALUES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    a_bufs = gl.allocate_shared_memory(w.dtype, [S.stages, S.block_m, _GROUP], VALUES)
-    w_bufs = gl.allocate_shared_memory(w.dtype, [S.stages * S.halves] + w.block_type.shape, w.layout)  # noqa: RUF005 - Triton has no stars
-    empty = gl.allocate_shared_memory(gl.int64, [S.stages, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [S.stages, 1], mbarrier.MBarrierLayout())
     STAGES: gl.constexpr = S.stages
+    a_bufs = gl.allocate_shared_memory(w.dtype, [STAGES, S.block_m, _GROUP], VALUES)
+    w_bufs = gl.allocate_shared_memory(w.dtype, [STAGES * S.halves] + w.block_type.shape, w.layout)  # noqa: RUF005 - Triton has no stars
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(empty.index(stage), count=2)
         mbarrier.init(ready.index(stage), count=2 if S.gathers else 1)
-    routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots)
-    results = (out, out_scale, bias)
+    if S.shares_groups:
+        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        maxima = gl.allocate_shared_memory(gl.float32, [4, _EACH], FLAT)
+        met = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(met, count=2)
+        results = (out, out_scale, bias, maxima, met)
+    else:
+        results = (out, out_scale, bias)  # type: ignore[assignment]
     ring = (a_bufs, w_bufs, empty, ready)
     gl.warp_specialize(
         [
@@ -333,6 +361,30 @@ def cooperative_gemm(
             (_consume, (1, routing, a_scale, w_scale, results, ring, ACTIVATION, DTYPE, S)),
             (_produce, (a, w, routing, ring, S)),
         ],
-        [num_warps, num_warps if S.gathers else 1],
+        [WARPS, WARPS if S.gathers else 1],
         [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
     )
+
+
+# The shared arguments of both kernels; sorted_token_ids and so on are the aligned assignment.
+_ANY_ALIGNMENT = ("topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded")
+
+
+@gluon.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def gemm1_cooperative(
+    a, w, bias, out, out_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots,
+    a_scale, w_scale, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Gathered tokens · w13ᵀ with activation, into `hidden` in sorted order."""
+    routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots)
+    _gemm(a, w, bias, out, out_scale, routing, a_scale, w_scale, ACTIVATION, DTYPE, S, num_warps)
+
+
+@gluon.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def gemm2_cooperative(
+    a, w, bias, out, out_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots,
+    a_scale, w_scale, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Sorted rows of `hidden` · w2ᵀ, each to its slot."""
+    routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots)
+    _gemm(a, w, bias, out, out_scale, routing, a_scale, w_scale, ACTIVATION, DTYPE, S, num_warps)

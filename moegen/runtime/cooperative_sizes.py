@@ -69,9 +69,19 @@ class CooperativeSizes:
         return self.block_n // GROUP
 
     @property
+    def parts_by_rows(self) -> bool:
+        """Whether each consumer has half of a tile's rows and all columns, or all 64 rows and half of the columns."""
+        return self.block_m == 128
+
+    @property
     def products(self) -> int:
-        """Of a consumer and step, 128 columns each: of all halves where the consumers share the rows of the tile."""
-        return self.halves if self.block_m == 128 else 1
+        """Of a consumer and step, 128 columns each."""
+        return self.halves if self.parts_by_rows else 1
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the consumers issue their products in turn (cooperative_kernel._product)."""
+        return self.gathers and self.parts_by_rows
 
     @property
     def splits(self) -> bool:
@@ -84,6 +94,11 @@ class CooperativeSizes:
         return GROUP // 2 if self.splits else GROUP
 
     @property
+    def shares_groups(self) -> bool:
+        """Whether a group of `hidden` is half one consumer's and half the other's."""
+        return self.splits and not self.parts_by_rows
+
+    @property
     def weight_box(self) -> list[int]:
         """What one load brings of the weights [E, sides, rows / sides, depth]."""
         return [1, 2, GROUP // 2, GROUP] if self.splits else [1, 1, GROUP, GROUP]
@@ -93,8 +108,10 @@ def cooperative_memory(tile: "TileConfig", gemm: "Gemm") -> int:
     """Bytes of shared memory: the ring with its barriers, and each consumer's result on its way to 16-byte stores."""
     ring = tile.num_stages * ((tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * GROUP + 16)
     quantised = gemm.op == "gemm1" and tile.BLOCK_SIZE_N == 2 * GROUP
-    columns = GROUP // 2 if gemm.gated and tile.BLOCK_SIZE_N == GROUP else GROUP
-    return ring + 2 * 64 * columns * (1 if quantised else 2) + 8
+    splits = gemm.gated and (tile.BLOCK_SIZE_N == GROUP or tile.BLOCK_SIZE_M == 64)
+    columns = GROUP // 2 if splits else GROUP
+    maxima = 4 * 64 * 4 + 24 if splits and quantised else 0  # with up to 16 bytes of alignment
+    return ring + 2 * 64 * columns * (1 if quantised else 2) + maxima + 8
 
 
 def why_illegal_cooperative(tile: "TileConfig", gemm: "Gemm", device: "DeviceFacts") -> str | None:
@@ -114,7 +131,8 @@ def why_illegal_cooperative(tile: "TileConfig", gemm: "Gemm", device: "DeviceFac
         return f"rows of {gemm.depth} bytes are not the multiple of 16 that TMA needs"
     if tile.SWAP_AB:
         return "SWAP_AB is not for family=cooperative"
-    allowed = {"BLOCK_SIZE_M": (128,), "BLOCK_SIZE_N": (128, 256), "BLOCK_SIZE_K": (GROUP,), "num_warps": (8,)}
+    columns = (128, 256) if tile.BLOCK_SIZE_M == 128 else (256,)  # a consumer's products have 128
+    allowed = {"BLOCK_SIZE_M": (64, 128), "BLOCK_SIZE_N": columns, "BLOCK_SIZE_K": (GROUP,), "num_warps": (8,)}
     for key, values in allowed.items():
         if getattr(tile, key) not in values:
             shown = " or ".join(str(value) for value in values)

@@ -30,13 +30,11 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
     if not gemm1.group_k or gemm1.depth < 1024:  # loops of a few steps are unrolled in "tma", and spill
         return None
     mean, short = mean_slots(gemm1, tokens), gemm2.depth < 512
-    found = family_tiles("cooperative", gemm1, gemm2, 128, device) if mean >= 128 else None
-    if found:
-        return found
-    if mean >= (256 if short else 128):
-        return family_tiles("tma", gemm1, gemm2, 128, device)
-    if short and mean >= 32:
-        return family_tiles("tma", gemm1, gemm2, 64, device)
+    for family, many in (("cooperative", 128), ("tma", 256 if short else 128)):
+        if mean >= many or (short and mean >= 32):
+            found = family_tiles(family, gemm1, gemm2, 128 if mean >= many else 64, device)
+            if found:
+                return found
     return None
 
 
@@ -73,8 +71,8 @@ def _tma_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> L
 
 
 def _cooperative_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:  # noqa: ARG001
-    wide = TileConfig(block_m, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="cooperative")
-    return LayerTiles(wide, replace(wide, GROUP_SIZE_M=16))
+    wide = TileConfig(block_m, 256, 128, 16, PDL=True, num_warps=8, num_stages=4, family="cooperative")
+    return LayerTiles(replace(wide, GROUP_SIZE_M=4) if block_m == 128 else replace(wide, num_stages=5), wide)
 
 
 _FAMILY_TILES = {"stream": _stream_tiles, "tma": _tma_tiles, "cooperative": _cooperative_tiles}

@@ -74,9 +74,10 @@ TMA_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
 }
 TMA_KERNELS = ("gemm1_tma", "gemm2_tma")
 
-# The family "cooperative" in the same way: it shares a kernel among both GEMMs.
+# The family "cooperative" in the same way.
 _BROAD = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="cooperative")
 _SLIM = replace(_BROAD, BLOCK_SIZE_N=128, num_stages=6)
+_LOW = replace(_BROAD, BLOCK_SIZE_M=64)
 COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
     "cooperative": ({"quant": ("fp8_w8a8:128x128",)}, LayerTiles(_BROAD, _BROAD)),
     "cooperative, narrow, tails": (
@@ -87,8 +88,9 @@ COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
         {"quant": ("int8_w8a8:128x128",), "activation": "relu2_no_mul", "bias": True, "intermediate_size": 656},
         LayerTiles(_BROAD, _BROAD),
     ),
+    "cooperative, 64 rows": ({"quant": ("fp8_w8a8:128x128",)}, LayerTiles(replace(_LOW, num_stages=5), _LOW)),
 }
-COOPERATIVE = "cooperative_gemm"
+COOPERATIVE_KERNELS = ("gemm1_cooperative", "gemm2_cooperative")
 RECORD_TOKENS = 300  # within half an octave of the only bucket of those records; fewer take the heuristic
 
 
@@ -115,7 +117,9 @@ def by_record(folder: Path, target: str) -> list[dict[str, Any]]:
         imported = import_package(package)
         write_record(imported, package / "configs", target_facts(target), {RECORD_TOKENS: tiles})
         compiled = _compile_target((str(package), target, RECORD_TOKENS))
-        own = [item for item in compiled if item.kernel in (*TMA_KERNELS, COOPERATIVE) or item.error is not None]
+        own = [
+            item for item in compiled if item.kernel in (*TMA_KERNELS, *COOPERATIVE_KERNELS) or item.error is not None
+        ]
         figures = [shared_memory(getattr(tiles, op), imported.LAYERS[0].gemm(op)) for op in ("gemm1", "gemm2")]
         records += [
             {"case": case, "triton": triton.__version__, "figure": figure, **asdict(item)}

@@ -1,17 +1,21 @@
 """The kernel of the family "cooperative" run as ordinary Python on torch tensors (gluon.py), through its own launch.
 
 Of the ring of shared memory, what its barriers promise is checked: stages and phases in turn, each stage announced once
-and with the bytes that were loaded. The producer runs first, then each consumer; programs run one after another.
+and with the bytes that were loaded. The producer runs first, then both consumers, in threads, since they may exchange
+values; programs run one after another.
 """
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from moegen.runtime import cooperative_kernel
-from tests.support.gluon import Pointer, Values, as_python, language, read_block
+from tests.support.gluon import Pointer, Shared, Values, as_python, language, read_block
 
 PROGRAMS = 3
 
@@ -72,6 +76,9 @@ class Ring:
         return (name, half) if self.produces else Tile(self.steps[self.at][name, half])
 
     def _wait(self, barrier: tuple[str, int], phase: Any) -> None:
+        if isinstance(barrier, Meeting):
+            barrier.meet(int(phase))
+            return
         turn = self.at // self.stages & 1
         assert barrier == ("empty" if self.produces else "ready", self.at % self.stages)
         assert int(phase) == (turn ^ 1 if self.produces else turn)
@@ -82,6 +89,8 @@ class Ring:
         self.promised.append(size)
 
     def _arrive(self, barrier: tuple[str, int], *, pred: Any = True, **_: int) -> None:
+        if isinstance(barrier, Meeting):
+            return
         if self.produces and bool(pred):
             assert barrier == ("ready", self.announced % self.stages)
             self.announced += 1
@@ -93,6 +102,20 @@ class Ring:
         """stream_parts.next_stage; of the producer, the end of a step."""
         self.at += self.produces
         return (stage + 1, phase) if stage + 1 < stages else (0, phase ^ 1)
+
+
+class Meeting(threading.Barrier):
+    """A barrier of both consumers; who waits has arrived."""
+
+    def __init__(self) -> None:
+        super().__init__(2, timeout=60)
+        self._times: dict[int, int] = {}
+
+    def meet(self, phase: int) -> None:
+        one = self._times.setdefault(threading.get_ident(), 0)
+        assert phase == one & 1
+        self._times[threading.get_ident()] += 1
+        self.wait()
 
 
 def _broadcast(one: torch.Tensor, other: Any) -> tuple[torch.Tensor, Any]:
@@ -147,7 +170,7 @@ def _in_kernel(value: Any) -> Any:
 
 
 class PythonKernel:
-    """In place of `cooperative_gemm`; activation: the layer's, on torch tensors."""
+    """In place of gemm1_cooperative and gemm2_cooperative; activation: the layer's, on torch tensors."""
 
     def __init__(self, activation: Callable[..., torch.Tensor]) -> None:
         self._activation = activation
@@ -164,8 +187,13 @@ class PythonKernel:
             _partition(program, ring)._produce(a, w, routing, ring.parts(w.dtype), S)
             assert set(ring.promised) <= {0}
             assert ring.announced == (len(ring.steps) if S.gathers else 0)
-            for part in range(2):
-                taken = Ring(S.stages, S.halves, ring.steps)
-                consume = _partition(program, taken)._consume
-                consume(part, routing, a_scale, w_scale, results, taken.parts(w.dtype), self._activation, dtype, S)
-                assert taken.at == len(ring.steps)
+            exchanged = (Shared(torch.full((4, 64), float("nan"))), Meeting()) if S.shares_groups else ()
+            rest = (a_scale, w_scale, (*results, *exchanged))
+            taken = [Ring(S.stages, S.halves, ring.steps) for _ in range(2)]
+            consumers = [_partition(program, own)._consume for own in taken]
+            with ThreadPoolExecutor(2) as threads:
+                list(threads.map(
+                    lambda consume, part, own, rest: consume(part, routing, *rest, own, self._activation, dtype, S),
+                    consumers, range(2), [own.parts(w.dtype) for own in taken], repeat(rest),
+                ))  # fmt: skip
+            assert [own.at for own in taken] == [len(ring.steps)] * 2

@@ -14,6 +14,7 @@ FIRST = Gemm("gemm1", 128, 8, 1536, 2048, True, a_bits=8, w_bits=8, group_k=128,
 SECOND = replace(FIRST, op="gemm2", rows=2048, depth=768, gated=False)
 WIDE = TileConfig(128, 256, 128, 4, num_warps=8, num_stages=4, family="cooperative")
 NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=6)
+LOW = replace(WIDE, BLOCK_SIZE_M=64)
 OTHER_SCALES = (
     "family=cooperative is for 8-bit weights and activations with scales of 128x128, not {} with scales of {}"
 )
@@ -26,7 +27,8 @@ ILLEGAL: list[tuple[TileConfig, Gemm, str]] = [
     (WIDE, replace(FIRST, rows=2 * 192), "gate and up rows share weight scales of 128 rows"),
     (WIDE, replace(FIRST, depth=2040), "rows of 2040 bytes are not the multiple of 16 that TMA needs"),
     (replace(WIDE, SWAP_AB=True), FIRST, "SWAP_AB is not for family=cooperative"),
-    (replace(WIDE, BLOCK_SIZE_M=256), SECOND, "BLOCK_SIZE_M=256 is not the 128 of family=cooperative"),
+    (replace(WIDE, BLOCK_SIZE_M=32), SECOND, "BLOCK_SIZE_M=32 is not the 64 or 128 of family=cooperative"),
+    (replace(LOW, BLOCK_SIZE_N=128), SECOND, "BLOCK_SIZE_N=128 is not the 256 of family=cooperative"),
     (replace(WIDE, BLOCK_SIZE_N=64), SECOND, "BLOCK_SIZE_N=64 is not the 128 or 256 of family=cooperative"),
     (replace(WIDE, BLOCK_SIZE_K=64), SECOND, "BLOCK_SIZE_K=64 is not the 128 of family=cooperative"),
     (replace(WIDE, num_warps=4), SECOND, "num_warps=4 is not the 8 of family=cooperative"),
@@ -47,7 +49,7 @@ def test_no_other_target_runs_it(target: str) -> None:
     assert why_illegal(WIDE, FIRST, device) == reason
 
 
-@pytest.mark.parametrize("tile", [WIDE, NARROW, replace(WIDE, num_stages=3)])
+@pytest.mark.parametrize("tile", [WIDE, NARROW, LOW, replace(WIDE, num_stages=3)])
 @pytest.mark.parametrize(
     "gemm", [FIRST, SECOND, replace(SECOND, rows=720, depth=400), replace(FIRST, rows=400, gated=False)]
 )
@@ -59,10 +61,12 @@ def test_shared_memory() -> None:
     """The compiler's own figures; tests/compile compares them for more forms."""
     assert (shared_memory(WIDE, FIRST), shared_memory(WIDE, SECOND)) == (213064, 229448)
     assert (shared_memory(NARROW, FIRST), shared_memory(NARROW, SECOND)) == (213096, 229480)
+    assert (shared_memory(LOW, FIRST), shared_memory(LOW, SECOND)) == (173152, 196680)
 
 
 def test_which_tiles_quantise_the_intermediate() -> None:
     assert quantises_hidden(WIDE, FIRST)
+    assert quantises_hidden(LOW, FIRST)
     assert not quantises_hidden(NARROW, FIRST)
 
 

@@ -23,7 +23,14 @@ from tests.support.packages import make_inputs, oracle, relative_error
 
 WIDE = TileConfig(128, 256, 128, 2, PDL=True, num_warps=8, num_stages=4, family="cooperative")
 NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=3)
-PAIRS = {"wide": LayerTiles(WIDE, WIDE), "narrow": LayerTiles(NARROW, NARROW), "both": LayerTiles(NARROW, WIDE)}
+LOW = replace(WIDE, BLOCK_SIZE_M=64, num_stages=5)
+FLAT = replace(LOW, num_stages=4)
+PAIRS = {
+    "low": LayerTiles(LOW, FLAT),
+    "wide": LayerTiles(WIDE, WIDE),
+    "narrow": LayerTiles(NARROW, NARROW),
+    "both": LayerTiles(NARROW, WIDE),
+}
 FP8 = {"quant": ("fp8_w8a8:128x128",)}
 SIZES = {"num_experts": 5, "top_k": 2, "hidden_size": 400, "intermediate_size": 384}
 CASES: dict[str, tuple[dict[str, Any], str]] = {
@@ -35,6 +42,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "narrow, bias": ({**FP8, "bias": True}, "narrow"),
     "not gated": ({**FP8, "activation": "relu2_no_mul", "bias": True, "intermediate_size": 400}, "wide"),
     "narrow, not gated": ({**FP8, "activation": "relu2_no_mul", "intermediate_size": 400}, "narrow"),
+    "low": (FP8, "low"),
+    "low, bias": ({**FP8, "bias": True, "hidden_size": 720}, "low"),
+    "low, not gated": ({**FP8, "activation": "relu2_no_mul", "bias": True, "intermediate_size": 400}, "low"),
+    "low, int8, shard": ({"quant": ("int8_w8a8:128x128",), "num_experts": 6, "parallel": (Parallel(ep=2),)}, "low"),
     "ue8m0": ({"quant": ("fp8_w8a8:128x128ue8m0",)}, "wide"),
     "int8": ({"quant": ("int8_w8a8:128x128",)}, "wide"),
     "shard": ({**FP8, "num_experts": 6, "parallel": (Parallel(ep=2),)}, "wide"),
@@ -74,7 +85,7 @@ def run(
     def activation(*sides: torch.Tensor) -> torch.Tensor:
         return apply_activation(torch.cat(sides, -1), layer.activation)
 
-    monkeypatch.setattr(cooperative, "_kernel", lambda: PythonKernel(activation))
+    monkeypatch.setattr(cooperative, "_kernel", lambda _: PythonKernel(activation))
     monkeypatch.setattr(tma, "quantise", quantise)
     monkeypatch.setattr(tma, "top_k_reduce", reduce)
     weights = [Weight.of(name, arguments[name], arguments) for name in ("w13", "w2")]
@@ -91,7 +102,7 @@ def run(
 def test_layers(case: str, build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     fields, pair = CASES[case]
     package = build(**{**SIZES, **fields})
-    options = {"mapped": True, "padding": 0.1} if case == "shard" else {"padding": 0.1, "padded_rows": 16}
+    options = {"mapped": True, "padding": 0.1} if "shard" in case else {"padding": 0.1, "padded_rows": 16}
     arguments = make_inputs(package.LAYERS[0], 150, **options)
     error = relative_error(run(package, arguments, PAIRS[pair], monkeypatch), oracle(package.LAYERS[0], arguments))
     assert error < 2e-2, error  # both round `hidden` to 8 bits, where sums that differ in their order may part
@@ -118,5 +129,6 @@ def test_quantised_in_the_kernel_or_by_a_launch(
     """Wide tiles quantise `hidden` themselves, to the same values."""
     package = build(**SIZES, **FP8)
     arguments = make_inputs(package.LAYERS[0], 100, 2)
-    wide, narrow = (run(package, arguments, PAIRS[pair], monkeypatch) for pair in ("wide", "narrow"))
+    wide, narrow, low = (run(package, arguments, PAIRS[pair], monkeypatch) for pair in ("wide", "narrow", "low"))
     assert torch.equal(wide, narrow)
+    assert torch.equal(low, narrow)

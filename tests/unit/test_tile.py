@@ -210,7 +210,7 @@ BLOCKS, CHANNEL, PLAIN_BITS = "w8a8, groups of 128", "w8a8", "16 bit"
         (BLOCKS, QWEN3, 1024, "cuda:90", "portable", 64),
         (BLOCKS, QWEN3, 2048, "cuda:90", "cooperative", 128),
         (BLOCKS, (2048, 720, 128), 2048, "cuda:90", "portable", 64),
-        (BLOCKS, DEEPSEEK, 1024, "cuda:90", "tma", 64),
+        (BLOCKS, DEEPSEEK, 1024, "cuda:90", "cooperative", 64),
         (BLOCKS, DEEPSEEK, 4096, "cuda:90", "cooperative", 128),
         (BLOCKS, DEEPSEEK, 16384, "cuda:90", "cooperative", 128),
         (BLOCKS, DEEPSEEK, 16384, "cuda:100", "portable", 64),
