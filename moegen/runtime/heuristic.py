@@ -22,8 +22,8 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
     """Those of a family that is faster than the portable one for `tokens` tokens, if there is one.
 
     "stream" gains 7 to 30 % at one token. With block scales "tma" gains 7 to 45 %, from few slots an expert on where
-    the reduction of gemm2 is short, and "cooperative" as much again where experts have many; scales that come after
-    the loop leave them nothing to gain (docs/performance.md).
+    the reduction of gemm2 is short; "cooperative" is faster still, but not for all of them. Scales that come after the
+    loop leave both nothing to gain (docs/performance.md).
     """
     if tokens == 1:
         return family_tiles("stream", gemm1, gemm2, 1, device)

@@ -6,9 +6,9 @@ from .cooperative_sizes import cooperative_memory, why_illegal_cooperative
 from .device import DeviceFacts
 from .stream_sizes import stream_memory, why_illegal_stream
 
-# "portable" and "tma" are families of templates; "tma" is for 8-bit weights and activations on compute capability 9.0.
-# "cooperative" is for block scales there. "stream" is for one token there, and weights of 16 bits, or of 8 with block
-# scales: one kernel for the whole layer.
+# "portable" and "tma" are families of templates; "tma" is for 8-bit weights and activations on compute capability 9.0,
+# "cooperative" for those with scales of 128x128. "stream" is for one token there, and weights of 16 bits, or of 8 with
+# block scales: one kernel for the whole layer.
 FAMILIES = ("portable", "tma", "cooperative", "stream")
 
 
@@ -24,6 +24,7 @@ class TileConfig:
     PDL            programmatic dependent launch: start before the previous kernel has ended (gemm1's holds for the
                    assignment and the quantisation, gemm2's for the reduce)
 
+    Of family "cooperative" num_warps are those that multiply; as many as a warpgroup load beside them.
     Family "stream" has one config for both GEMMs: its tiles are BLOCK_SIZE_N weight rows by BLOCK_SIZE_K steps, and
     num_stages of them make its ring.
     """
