@@ -70,8 +70,7 @@ def test_other_types(make: Build, dtype: str) -> None:
 @pytest.mark.parametrize("activation", PLAIN_ROWS)
 def test_activations_and_biases(make: Build, activation: str) -> None:
     package = make(activation=activation, bias=True)
-    for pair in PAIRS[:3]:
-        check(package, make_inputs(package.LAYERS[0], 300, 3, "cuda", padding=0.2), pair)
+    check(package, make_inputs(package.LAYERS[0], 300, 3, "cuda", padding=0.2), PAIRS[0])
 
 
 @pytest.mark.parametrize("quant", [FP8, INT8])
@@ -82,11 +81,11 @@ def test_rows_that_no_tile_divides(make: Build, pair: int, quant: str) -> None:
     check(package, make_inputs(package.LAYERS[0], 300, 3, "cuda", padding=0.2), PAIRS[pair])
 
 
-@pytest.mark.parametrize("hidden_size", [16, 64, 128, 144, 1040])
+@pytest.mark.parametrize("hidden_size", [16, 144, 1040])
 def test_short_and_odd_reductions(make: Build, hidden_size: int) -> None:
     """Fewer steps than the ring has stages, and depths that no step divides."""
     package = make(hidden_size=hidden_size, intermediate_size=128)
-    for pair in PAIRS:
+    for pair in PAIRS[:3]:
         check(package, make_inputs(package.LAYERS[0], 700, 3, "cuda"), pair)
 
 
