@@ -209,8 +209,7 @@ def _store(values, results, routing, first, column, part: gl.constexpr, turn, DT
     if results[1] is not None:
         values = _quantised(values, results, routing, first, column, part, turn, DTYPE, S)
     values = values.to(out.dtype.element_ty)
-    # 16 bytes a thread and whole rows of 16 a warp.
-    if out.dtype.element_ty != gl.float32:  # eight bytes a thread are whole sectors as well
+    if out.dtype.element_ty != gl.float32:  # 16 bytes a thread; of float32 it has 8, which are whole sectors as well
         VALUES: gl.constexpr = 16 if results[1] is not None else 8
         LANES: gl.constexpr = N // VALUES
         WIDE: gl.constexpr = gl.BlockedLayout([LANES // 2, VALUES], [32 // LANES, LANES], [4, 1], [1, 0])
@@ -226,49 +225,91 @@ def _store(values, results, routing, first, column, part: gl.constexpr, turn, DT
 @gluon.jit
 def _finish(low, high, expert, first, column, routing, results, part: gl.constexpr, turn, ACTIVATION: gl.constexpr,
             DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
-    """What follows the products: router's weights, bias, activation, stores. `high` counts if BOTH."""
+    """What follows the products: router's weights, bias, activation, stores. `high` counts if S.has_high."""
     bias = results[2]
-    BOTH: gl.constexpr = S.gated or S.products == 2
     WEIGHT_FIRST: gl.constexpr = S.weighted and S.gathers  # on the input, hence before the bias
     if WEIGHT_FIRST:
         low = _times_weights(low, routing, first)
-        if BOTH:
+        if S.has_high:
             high = _times_weights(high, routing, first)
     if bias is not None:
         low = _add_bias(low, bias, expert * S.rows, column, S)
         if S.gated:
             high = _add_bias(high, bias, expert * S.rows + S.columns, column, S)
-        elif BOTH:
+        elif S.has_high:
             high = _add_bias(high, bias, expert * S.rows, column + _GROUP, S)
     if S.weighted and not WEIGHT_FIRST:
         low = _times_weights(low, routing, first)
-        if BOTH:
+        if S.has_high:
             high = _times_weights(high, routing, first)
     if S.gated:
         _store(ACTIVATION(low, high), results, routing, first, column, part, turn, DTYPE, S)
     else:
         _store(ACTIVATION(low) if S.gathers else low, results, routing, first, column, part, turn, DTYPE, S)
-        if BOTH:
+        if S.has_high:
             high = ACTIVATION(high) if S.gathers else high
             _store(high, results, routing, first, column + _GROUP, part, turn, DTYPE, S)
 
 
 @gluon.jit
-def _consume(part: gl.constexpr, routing, a_scale, w_scale, results, ring, ACTIVATION: gl.constexpr,
-             DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
-    """The tiles of this block as far as they are consumer `part`'s."""
+def _multiply(routing, scales, expert, first, column, ring, place, nothing, part: gl.constexpr, S: gl.constexpr):
+    """The sums of a consumer's part of one tile, low and high, and the place in the ring behind it."""
     a_bufs, w_bufs, empty, ready = ring
+    stage, phase = place
+    ACC: gl.constexpr = nothing.type.layout
+    FIRST_HALF: gl.constexpr = 0 if S.parts_by_rows else part
+    token_scales, low_scales, high_scales = _scales(scales[0], scales[1], routing, expert, column, first, ACC, S)
+    # A step's scales are loaded one step ahead: a load in front of the product would delay it.
+    token_scale = gl.load(token_scales)
+    low_scale = decode_scale(gl.load(low_scales))
+    high_scale = decode_scale(gl.load(high_scales))
+    low = gl.zeros((_EACH, _GROUP), gl.float32, layout=ACC)
+    high = low
+    if S.splits:
+        low, high = _columns(low)
+    for k in range(S.steps):
+        ahead = gl.minimum(k + 1, S.steps - 1)
+        factor_low = token_scale * low_scale
+        factor_high = token_scale * high_scale
+        mbarrier.wait(ready.index(stage), phase)
+        a_tile = a_bufs.index(stage)
+        if S.parts_by_rows:
+            a_tile = a_tile.slice(part * _EACH, _EACH, 0)
+        product = _product(a_tile, w_bufs.index(stage * S.halves + FIRST_HALF), nothing, part, S)
+        token_scale = gl.load(token_scales + ahead)
+        low_scale = decode_scale(gl.load(low_scales + ahead))
+        if S.has_high:
+            high_scale = decode_scale(gl.load(high_scales + ahead))
+        product = warpgroup_mma_wait(0, deps=(product,))
+        if S.products == 2:
+            low += _scaled(product, factor_low)
+            product = _product(a_tile, w_bufs.index(stage * S.halves + 1), nothing, part, S)
+            product = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        if S.products == 2:
+            high += _scaled(product, factor_high)
+        elif S.splits:
+            left, right = _columns(product)
+            low += _scaled(left, factor_low)
+            high += _scaled(right, factor_high)
+        else:
+            low += _scaled(product, factor_low)
+        stage, phase = next_stage(stage, phase, S.stages)
+    return low, high, (stage, phase)
+
+
+@gluon.jit
+def _consume(part: gl.constexpr, routing, scales, results, ring, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr,
+             S: gl.constexpr):  # fmt: skip
+    """The tiles of this block as far as they are consumer `part`'s."""
     wait_for_previous(S.pdl)
     if S.pdl:
         asm("griddepcontrol.launch_dependents")
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    PRODUCT: gl.constexpr = gl.int32 if a_bufs.dtype == gl.int8 else gl.float32
-    BOTH: gl.constexpr = S.gated or S.products == 2
+    PRODUCT: gl.constexpr = gl.int32 if ring[0].dtype == gl.int8 else gl.float32
     num_m = gl.load(routing[3]) // S.block_m
-    FIRST_HALF: gl.constexpr = 0 if S.parts_by_rows else part
     nothing = gl.zeros((_EACH, _GROUP), PRODUCT, layout=ACC)
-    stage = 0
-    phase = 0
+    place = (0, 0)
     turn = 0  # of tiles, by twos
     if S.takes_turns and part == 1:
         asm("bar.arrive " + _FIRST_TURN)  # consumer 0 begins
@@ -276,46 +317,12 @@ def _consume(part: gl.constexpr, routing, a_scale, w_scale, results, ring, ACTIV
         pid_m, pid_n = tile_order(tile, num_m, S.tiles_n, S.group_m)
         expert = gl.minimum(gl.load(routing[2] + pid_m), S.num_experts - 1)
         first = pid_m * S.block_m
-        column = pid_n * (S.block_n // S.sides) + FIRST_HALF * S.width
+        column = pid_n * (S.block_n // S.sides)
         if S.parts_by_rows:
             first += part * _EACH
-        token_scales, low_scales, high_scales = _scales(a_scale, w_scale, routing, expert, column, first, ACC, S)
-        # A step's scales are loaded one step ahead: a load in front of the product would delay it.
-        token_scale = gl.load(token_scales)
-        low_scale = decode_scale(gl.load(low_scales))
-        high_scale = decode_scale(gl.load(high_scales))
-        low = gl.zeros((_EACH, _GROUP), gl.float32, layout=ACC)
-        high = low
-        if S.splits:
-            low, high = _columns(low)
-        for k in range(S.steps):
-            ahead = gl.minimum(k + 1, S.steps - 1)
-            factor_low = token_scale * low_scale
-            factor_high = token_scale * high_scale
-            mbarrier.wait(ready.index(stage), phase)
-            a_tile = a_bufs.index(stage)
-            if S.parts_by_rows:
-                a_tile = a_tile.slice(part * _EACH, _EACH, 0)
-            product = _product(a_tile, w_bufs.index(stage * S.halves + FIRST_HALF), nothing, part, S)
-            token_scale = gl.load(token_scales + ahead)
-            low_scale = decode_scale(gl.load(low_scales + ahead))
-            if BOTH:
-                high_scale = decode_scale(gl.load(high_scales + ahead))
-            product = warpgroup_mma_wait(0, deps=(product,))
-            if S.products == 2:
-                low += _scaled(product, factor_low)
-                product = _product(a_tile, w_bufs.index(stage * S.halves + 1), nothing, part, S)
-                product = warpgroup_mma_wait(0, deps=(product,))
-            mbarrier.arrive(empty.index(stage), count=1)
-            if S.products == 2:
-                high += _scaled(product, factor_high)
-            elif S.splits:
-                left, right = _columns(product)
-                low += _scaled(left, factor_low)
-                high += _scaled(right, factor_high)
-            else:
-                low += _scaled(product, factor_low)
-            stage, phase = next_stage(stage, phase, S.stages)
+        else:
+            column += part * S.width
+        low, high, place = _multiply(routing, scales, expert, first, column, ring, place, nothing, part, S)
         _finish(low, high, expert, first, column, routing, results, part, turn, ACTIVATION, DTYPE, S)
         turn ^= 1
     if S.takes_turns and part == 0:
@@ -330,8 +337,7 @@ def _gemm(
     out,  # gemm1: [sorted slots, columns]; gemm2: [num_slots, columns] in (token, slot) order
     out_scale,  # [sorted slots, groups] float32, or None if out is not quantised
     routing,
-    a_scale,  # [rows of a, steps] float32
-    w_scale,  # [E, row groups, steps] float32 or e8m0
+    scales,  # of a [rows of a, steps] float32, of w [E, row groups, steps] float32 or e8m0
     ACTIVATION: gl.constexpr,
     DTYPE: gl.constexpr,  # of the layer
     S: gl.constexpr,
@@ -357,8 +363,8 @@ def _gemm(
     ring = (a_bufs, w_bufs, empty, ready)
     gl.warp_specialize(
         [
-            (_consume, (0, routing, a_scale, w_scale, results, ring, ACTIVATION, DTYPE, S)),
-            (_consume, (1, routing, a_scale, w_scale, results, ring, ACTIVATION, DTYPE, S)),
+            (_consume, (0, routing, scales, results, ring, ACTIVATION, DTYPE, S)),
+            (_consume, (1, routing, scales, results, ring, ACTIVATION, DTYPE, S)),
             (_produce, (a, w, routing, ring, S)),
         ],
         [WARPS, WARPS if S.gathers else 1],
@@ -377,7 +383,7 @@ def gemm1_cooperative(
 ):  # fmt: skip
     """Gathered tokens · w13ᵀ with activation, into `hidden` in sorted order."""
     routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots)
-    _gemm(a, w, bias, out, out_scale, routing, a_scale, w_scale, ACTIVATION, DTYPE, S, num_warps)
+    _gemm(a, w, bias, out, out_scale, routing, (a_scale, w_scale), ACTIVATION, DTYPE, S, num_warps)
 
 
 @gluon.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -387,4 +393,4 @@ def gemm2_cooperative(
 ):  # fmt: skip
     """Sorted rows of `hidden` · w2ᵀ, each to its slot."""
     routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots)
-    _gemm(a, w, bias, out, out_scale, routing, a_scale, w_scale, ACTIVATION, DTYPE, S, num_warps)
+    _gemm(a, w, bias, out, out_scale, routing, (a_scale, w_scale), ACTIVATION, DTYPE, S, num_warps)

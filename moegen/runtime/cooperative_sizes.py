@@ -89,6 +89,11 @@ class CooperativeSizes:
         return self.gated and self.products == 1
 
     @property
+    def has_high(self) -> bool:
+        """Whether a consumer has two sums, of gate and up columns or of two products, and not `low` alone."""
+        return self.gated or self.products == 2
+
+    @property
     def width(self) -> int:
         """Columns of the result that share a scale in a consumer's registers."""
         return GROUP // 2 if self.splits else GROUP

@@ -188,7 +188,7 @@ class PythonKernel:
             assert set(ring.promised) <= {0}
             assert ring.announced == (len(ring.steps) if S.gathers else 0)
             exchanged = (Shared(torch.full((4, 64), float("nan"))), Meeting()) if S.shares_groups else ()
-            rest = (a_scale, w_scale, (*results, *exchanged))
+            rest = ((a_scale, w_scale), (*results, *exchanged))
             taken = [Ring(S.stages, S.halves, ring.steps) for _ in range(2)]
             consumers = [_partition(program, own)._consume for own in taken]
             with ThreadPoolExecutor(2) as threads:
