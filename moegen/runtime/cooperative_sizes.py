@@ -110,13 +110,16 @@ class CooperativeSizes:
 
 
 def cooperative_memory(tile: "TileConfig", gemm: "Gemm") -> int:
-    """Bytes of shared memory: the ring with its barriers, and each consumer's result on its way to 16-byte stores."""
-    ring = tile.num_stages * ((tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * GROUP + 16)
+    """Bytes of shared memory: the ring, its barriers, each consumer's result on its way to 16-byte stores, and maxima."""
+    ring = tile.num_stages * (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * GROUP
+    barriers = 8 * tile.num_stages  # twice
+    aligned = -(-barriers // 16) * 16
     quantised = gemm.op == "gemm1" and tile.BLOCK_SIZE_N == 2 * GROUP
     splits = gemm.gated and (tile.BLOCK_SIZE_N == GROUP or tile.BLOCK_SIZE_M == 64)
-    columns = GROUP // 2 if splits else GROUP
-    maxima = 4 * 64 * 4 + 24 if splits and quantised else 0  # with up to 16 bytes of alignment
-    return ring + 2 * 64 * columns * (1 if quantised else 2) + maxima + 8
+    results = 2 * 64 * (GROUP // 2 if splits else GROUP) * (1 if quantised else 2)
+    if splits and quantised:
+        return ring + 2 * aligned + 8 + results + 4 * 64 * 4 + 8
+    return ring + aligned + barriers + results + 8
 
 
 def why_illegal_cooperative(tile: "TileConfig", gemm: "Gemm", device: "DeviceFacts") -> str | None:

@@ -84,7 +84,7 @@ def complaints(record: Record) -> list[str]:
     if record["kernel"] in COOPERATIVE_KERNELS:
         if not str(record["tensor_cores"]).startswith("wgmma"):
             found.append(f"{record['tensor_cores']} in place of wgmma")
-        if not 0 <= record["figure"] - record["shared_memory"] <= 16:  # for alignment
+        if record["shared_memory"] != record["figure"]:
             found.append(f"{record['shared_memory']} bytes of shared memory, {record['figure']} are expected")
     if record["kernel"] in GEMMS + TMA_KERNELS and dtype != "fp32":
         found += _tensor_core_complaints(record)
