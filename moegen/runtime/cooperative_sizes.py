@@ -110,7 +110,7 @@ class CooperativeSizes:
 
 
 def cooperative_memory(tile: "TileConfig", gemm: "Gemm") -> int:
-    """Bytes of shared memory: the ring, its barriers, each consumer's result on its way to 16-byte stores, and maxima."""
+    """Bytes of shared memory: ring, barriers, each consumer's result on its way to 16-byte stores, shared maxima."""
     ring = tile.num_stages * (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * GROUP
     barriers = 8 * tile.num_stages  # twice
     aligned = -(-barriers // 16) * 16
