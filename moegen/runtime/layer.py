@@ -9,17 +9,20 @@ import triton
 from .activations import Activation
 from .align import align_into, align_launch_key, align_lengths, align_scratch_size
 from .assignment import low_latency_applies
+from .cooperative import launch_cooperative
 from .kernel_parts import pdl_option
 from .quant import Scheme
 from .quantise import Activations, Slots, quantise
 from .reduce import reduce_launch_key, top_k_reduce
 from .stream import run_stream
 from .tile import Gemm, LayerTiles, TileConfig
-from .tma import run_tma
-from .weight import Weight
+from .tma import SortedSlots, launch_tma, run_sorted
+from .weight import Weight, scale_bytes
 
 # sorted_token_ids, expert_ids, num_tokens_post_padded; the first and the last are None for the low-latency assignment.
 Assignment = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+
+_SORTED_FAMILIES = {"tma": launch_tma, "cooperative": launch_cooperative}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +113,7 @@ def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.T
     if tiles.gemm1.family == "stream":
         return (tiles,)
     reduce_key = reduce_launch_key(tokens, layer.hidden_size, layer.dtype.itemsize)
-    if tiles.gemm1.family != "tma" and _takes_low_latency(layer, tokens, tiles, expert_map):
+    if tiles.gemm1.family == "portable" and _takes_low_latency(layer, tokens, tiles, expert_map):
         return tiles, reduce_key, None
     return tiles, reduce_key, align_launch_key(tokens * layer.top_k, _aligned_experts(layer, expert_map))
 
@@ -125,8 +128,9 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     if tiles.gemm1.family == "stream":
         run_stream(layer, call, tiles.gemm1)
         return
-    if tiles.gemm1.family == "tma":
-        run_tma(layer, call, tiles, _align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map))
+    if tiles.gemm1.family in _SORTED_FAMILIES:
+        sorted_slots, experts = _align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map)
+        run_sorted(layer, call, tiles, sorted_slots, experts, _SORTED_FAMILIES[tiles.gemm1.family])
         return
     x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()
@@ -154,7 +158,7 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     top_k_reduce(slot_outputs, call.topk_ids, call.out, experts, call.expert_map, layer.local_experts, tiles.gemm2.PDL)
 
 
-def _align(layer: Layer, call: Call, tile: TileConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _align(layer: Layer, call: Call, tile: TileConfig) -> SortedSlots:
     """Aligned assignment in one buffer; with an expert_map the remote slots vanish."""
     slots, block = call.topk_ids.numel(), tile.BLOCK_SIZE_M
     experts = _aligned_experts(layer, call.expert_map)
@@ -218,9 +222,7 @@ def _launch_gemm(
 
 def _scales(scheme: Scheme, a: Activations, w: Weight) -> tuple[torch.Tensor | None, ...]:
     """The arguments that the scheme's template adds, in its order."""
-    scale = w.scale
-    if scale is not None and scale.dtype == torch.float8_e8m0fnu:
-        scale = scale.view(torch.uint8)  # Triton has no e8m0 type: kernels decode the byte
+    scale = scale_bytes(w.scale)
     if a.scale is not None:
         return a.scale, scale
     return (scale, w.zeros, w.global_scale) if scheme.kind else ()

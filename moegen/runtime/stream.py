@@ -12,6 +12,7 @@ from .quantise import least_maximum
 from .stream_sizes import StreamSizes
 from .tile import TileConfig
 from .tma import descriptor_base
+from .weight import scale_bytes
 
 if TYPE_CHECKING:
     from .layer import Call, Layer
@@ -108,7 +109,7 @@ def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
     grid = device_facts(x.device.index).num_sms if x.is_cuda else _UNKNOWN_GPU
     rows: tuple[Any, ...]  # where activations and, of 8-bit weights, scales are read from
     if sizes.quantised:
-        rows = (_bytes(w13.scale), _bytes(w2.scale), w13.input_scale, w2.input_scale, x)
+        rows = (scale_bytes(w13.scale), scale_bytes(w2.scale), w13.input_scale, w2.input_scale, x)
     else:
         rows = (_row_descriptor(x, sizes), _row_descriptor(hidden, sizes))
     _kernel(sizes.quantised)[(grid,)](
@@ -132,28 +133,26 @@ def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
     )
 
 
-def _bytes(scale: torch.Tensor | None) -> torch.Tensor | None:
-    """Triton has no e8m0 type: kernels decode the byte."""
-    return scale.view(torch.uint8) if scale is not None and scale.dtype == torch.float8_e8m0fnu else scale
-
-
 def _weight_descriptor(w: torch.Tensor, x: torch.Tensor, sizes: StreamSizes, interleaved: bool) -> Any:  # noqa: ANN401
     """[E, 2, rows / 2, K] of a weight [E, rows, K]: gate and up rows, or the first and the second half."""
     experts, rows, depth = w.shape
     per_expert, per_row = w.stride(0), w.stride(1)
     strides = [per_expert, per_row, 2 * per_row, 1] if interleaved else [per_expert, rows // 2 * per_row, per_row, 1]
     shape, block = [experts, 2, rows // 2, depth], [1, 2, sizes.columns, sizes.depth]
-    return _descriptor(descriptor_base(w, x), shape, strides, block)
+    return gluon_descriptor(descriptor_base(w, x), shape, strides, block)
 
 
 def _row_descriptor(rows: torch.Tensor, sizes: StreamSizes) -> Any:  # noqa: ANN401
     count, length = rows.shape
-    return _descriptor(rows, [count, length], [length, 1], [1, sizes.depth])
+    return gluon_descriptor(rows, [count, length], [length, 1], [1, sizes.depth])
 
 
-def _descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:  # noqa: ANN401
+def gluon_descriptor(
+    base: torch.Tensor, shape: list[int], strides: list[int], block: list[int], swizzle: int = 0
+) -> Any:  # noqa: ANN401 - of a type that need not exist on other GPUs
+    """A tensor descriptor for Gluon; swizzle: bytes, of the block's place in shared memory."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * base.element_size(), rank=len(block))
+    layout = NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * base.element_size(), rank=len(block))
     return TensorDescriptor(base, shape, strides, block, layout)

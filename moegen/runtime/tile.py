@@ -2,12 +2,14 @@
 
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 
+from .cooperative_sizes import cooperative_memory, why_illegal_cooperative
 from .device import DeviceFacts
 from .stream_sizes import stream_memory, why_illegal_stream
 
-# "portable" and "tma" are families of templates; "tma" is for 8-bit weights and activations on compute capability 9.0.
-# "stream" is for one token there, and weights of 16 bits, or of 8 like the activations: one kernel for the whole layer.
-FAMILIES = ("portable", "tma", "stream")
+# "portable" and "tma" are families of templates; "tma" is for 8-bit weights and activations on compute capability 9.0,
+# "cooperative" for those with scales of 128x128. "stream" is for one token there, and weights of 16 bits, or of 8 like
+# the activations: one kernel for the whole layer.
+FAMILIES = ("portable", "tma", "cooperative", "stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class TileConfig:
     PDL            programmatic dependent launch: start before the previous kernel has ended (gemm1's holds for the
                    assignment and the quantisation, gemm2's for the reduce)
 
+    Of family "cooperative" num_warps are those that multiply; as many as a warpgroup load beside them.
     Family "stream" has one config for both GEMMs: its tiles are BLOCK_SIZE_N weight rows by BLOCK_SIZE_K steps, and
     num_stages of them make its ring.
     """
@@ -147,7 +150,11 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
         return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} is below the 32 steps of an 8-bit tensor-core product"
     if gemm.is_w8a8 and gemm.group_k % tile.BLOCK_SIZE_K:
         return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} does not divide the quant group of {gemm.group_k}"
-    reason = why_illegal_tma(tile, gemm, device) if tile.family == "tma" else None
+    reason = None
+    if tile.family == "tma":
+        reason = why_illegal_tma(tile, gemm, device)
+    elif tile.family == "cooperative":
+        reason = why_illegal_cooperative(tile, gemm, device)
     if reason is not None:
         return reason
     accumulators = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
@@ -204,6 +211,8 @@ def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
     """Bytes of shared memory that the pipelined operand tiles take: an upper bound (mma.sync drops one stage)."""
     if tile.family == "stream":
         return stream_memory(tile, gemm)
+    if tile.family == "cooperative":
+        return cooperative_memory(tile, gemm)
     bits = tile.BLOCK_SIZE_M * gemm.a_bits + tile.BLOCK_SIZE_N * gemm.w_bits
     operands = bits * tile.BLOCK_SIZE_K * tile.num_stages // 8
     if tile.family == "tma":

@@ -1,10 +1,10 @@
 """The family "tma": weights, and gemm2's activations, are loaded by the tensor memory accelerator of Hopper GPUs.
 
 Programs are persistent, as many as run at a time. gemm1 gathers the tokens by pointers and leaves `hidden` in the order
-of the aligned assignment, so that gemm2 reads blocks of rows.
+of the aligned assignment, so that gemm2 reads blocks of rows. That flow is also the one of the family "cooperative".
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from .kernel_parts import pdl_option
 from .quantise import Activations, Slots, quantise
 from .reduce import top_k_reduce
 from .tile import Gemm, LayerTiles, TileConfig, flattens, shared_memory
-from .weight import Weight
+from .weight import Weight, scale_bytes
 
 if TYPE_CHECKING:
     from .layer import Call, Layer
@@ -25,8 +25,11 @@ _ALIGNMENT = 16  # bytes, of a descriptor's address and strides
 # Of a multiprocessor of compute capability 9.0: bytes of shared memory, what the driver takes of them for a program,
 # registers, and how many of those a thread needs beside accumulators and products.
 _SHARED, _SHARED_EACH, _REGISTERS, _OTHER_REGISTERS = 233_472, 1024 + 64, 65_536, 40
-_UNKNOWN_GPU = 2  # programs of a launch without a GPU: in the interpreter, or only compiled
-_TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+UNKNOWN_GPU = 2  # programs of a launch without a GPU: in the interpreter, or only compiled
+TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+# sorted_token_ids, expert_ids, num_tokens_post_padded of the aligned assignment
+SortedSlots = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def readable_by_tma(call: "Call") -> bool:
@@ -64,10 +67,28 @@ def quantises_hidden(tile: TileConfig, gemm: Gemm) -> bool:
     return 0 < gemm.group_k == tile.BLOCK_SIZE_N // 2 and not gemm.interleaved
 
 
-def run_tma(
-    layer: "Layer", call: "Call", tiles: LayerTiles, assignment: tuple[Any, torch.Tensor, Any], experts: int
+class Launch(Protocol):
+    """One GEMM of a family; `a` are tokens in gemm1, sorted rows in gemm2."""
+
+    def __call__(
+        self,
+        layer: "Layer",
+        op: str,
+        a: Activations,
+        w: Weight,
+        out: Activations,
+        call: "Call",
+        assignment: SortedSlots,
+        weighted: bool,
+        tile: TileConfig,
+    ) -> None:
+        """Launch it."""
+
+
+def run_sorted(
+    layer: "Layer", call: "Call", tiles: LayerTiles, assignment: SortedSlots, experts: int, launch: Launch
 ) -> None:
-    """`layer.run` after the aligned assignment, for tile configs of this family."""
+    """`layer.run` after the aligned assignment, for families whose gemm1 leaves `hidden` in its order."""
     x, w13, w2, pdl = call.hidden_states, call.w13, call.w2, tiles.gemm1.PDL
     sorted_ids, slots = assignment[0], call.topk_ids.numel()
     rows, columns = sorted_ids.numel(), layer.intermediate_size
@@ -79,39 +100,35 @@ def run_tma(
         hidden = Activations(x.new_empty((rows, columns), dtype=w2.values.dtype), scale)
     else:
         hidden = Activations(x.new_empty((rows, columns)), None)
-    _launch(layer, "gemm1", a.values, a.scale, w13, hidden, call, assignment, on_input, tiles.gemm1)
+    launch(layer, "gemm1", a, w13, hidden, call, assignment, on_input, tiles.gemm1)
     if not fused:
         live = Slots(sorted_ids, None, slots, slots)  # a row holds values iff it has a slot
         hidden = quantise(hidden.values, layer.scheme, w2.values.dtype, w2.input_scale, live, pdl)
-    by_rows = _descriptor(hidden.values, (tiles.gemm2.BLOCK_SIZE_M, tiles.gemm2.BLOCK_SIZE_K))
     slot_outputs = Activations(x.new_empty((slots, layer.hidden_size)), None)
-    _launch(layer, "gemm2", by_rows, hidden.scale, w2, slot_outputs, call, assignment, not on_input, tiles.gemm2)
+    launch(layer, "gemm2", hidden, w2, slot_outputs, call, assignment, not on_input, tiles.gemm2)
     top_k_reduce(
         slot_outputs.values, call.topk_ids, call.out, experts, call.expert_map, layer.local_experts, tiles.gemm2.PDL
     )
 
 
-def _launch(
+def launch_tma(
     layer: "Layer",
     op: str,
-    a: torch.Tensor | TensorDescriptor,
-    a_scale: torch.Tensor | None,
+    a: Activations,
     w: Weight,
     out: Activations,
     call: "Call",
-    assignment: tuple[Any, torch.Tensor, Any],
+    assignment: SortedSlots,
     weighted: bool,
     tile: TileConfig,
 ) -> None:
+    """One GEMM of `run_sorted`, for tile configs of this family."""
     gemm = layer.gemm(op)
     programs = programs_at_once(tile, gemm)
-    w_scale = w.scale
-    if w_scale is not None and w_scale.dtype == torch.float8_e8m0fnu:
-        w_scale = w_scale.view(torch.uint8)
     x = call.hidden_states
-    multiprocessors = device_facts(x.device.index).num_sms if x.is_cuda else _UNKNOWN_GPU
+    multiprocessors = device_facts(x.device.index).num_sms if x.is_cuda else UNKNOWN_GPU
     getattr(layer.kernels, f"{op}_tma")[(programs * multiprocessors,)](
-        a,
+        a.values if op == "gemm1" else _descriptor(a.values, (tile.BLOCK_SIZE_M, tile.BLOCK_SIZE_K)),
         _weights(w.values, gemm, tile, x),
         w.bias,
         out.values,
@@ -119,8 +136,8 @@ def _launch(
         call.topk_weights,
         *assignment,
         call.topk_ids.numel(),
-        a_scale,
-        w_scale,
+        a.scale,
+        scale_bytes(w.scale),
         NUM_EXPERTS=gemm.num_experts,
         TOP_K=gemm.top_k,
         ROWS=gemm.rows,
@@ -131,7 +148,7 @@ def _launch(
         BLOCK_SIZE_K=tile.BLOCK_SIZE_K,
         GROUP_SIZE_M=tile.GROUP_SIZE_M,
         FLATTEN=flattens(gemm),
-        DTYPE=_TRITON_TYPES[layer.dtype],
+        DTYPE=TRITON_TYPES[layer.dtype],
         PDL=tile.PDL,
         **pdl_option(tile.PDL),
         maxnreg=min(255, _REGISTERS // (32 * tile.num_warps * programs) // 8 * 8),

@@ -53,6 +53,11 @@ def decode_e8m0(scale: torch.Tensor) -> torch.Tensor:
     return scale.double()
 
 
+def scale_bytes(scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Scales as kernels take them: Triton has no e8m0 type, so they decode the byte."""
+    return scale.view(torch.uint8) if scale is not None and scale.dtype == torch.float8_e8m0fnu else scale
+
+
 def unpack_nibbles(packed: torch.Tensor, count: int, dim: int = -1) -> torch.Tensor:
     """uint8 [..., n] -> int64 [..., count] along `dim`, the low nibble first."""
     low, high = packed & 0xF, packed >> 4

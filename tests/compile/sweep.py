@@ -5,7 +5,8 @@ Packages go below FOLDER; stdout is one JSON list, a record a kernel. The Triton
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moegen.emit import emit
 from moegen.load import import_package
 from moegen.plan import make_plan
 from moegen.runtime.activations import ACTIVATIONS, Activation
-from moegen.runtime.tile import LayerTiles, TileConfig
+from moegen.runtime.tile import LayerTiles, TileConfig, shared_memory
 from moegen.spec import Parallel
 from tests.support.packages import any_activation, spec_of
 from tests.support.record_files import write_record
@@ -71,7 +72,26 @@ TMA_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
     ),
     "tma, tensor": ({"quant": ("fp8_w8a8:tensor",)}, LayerTiles(_TALL, _TALL)),
 }
-TMA_TOKENS = 300  # within half an octave of the only bucket of those records; fewer take the heuristic
+TMA_KERNELS = ("gemm1_tma", "gemm2_tma")
+
+# The family "cooperative" in the same way.
+_BROAD = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="cooperative")
+_SLIM = replace(_BROAD, BLOCK_SIZE_N=128, num_stages=6)
+_LOW = replace(_BROAD, BLOCK_SIZE_M=64)
+COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
+    "cooperative": ({"quant": ("fp8_w8a8:128x128",)}, LayerTiles(_BROAD, _BROAD)),
+    "cooperative, narrow, tails": (
+        {"quant": ("fp8_w8a8:128x128ue8m0",), "dtypes": ("float16",), "hidden_size": 720, "bias": True},
+        LayerTiles(_SLIM, _SLIM),
+    ),
+    "cooperative, int8, un-gated": (
+        {"quant": ("int8_w8a8:128x128",), "activation": "relu2_no_mul", "bias": True, "intermediate_size": 656},
+        LayerTiles(_BROAD, _BROAD),
+    ),
+    "cooperative, 64 rows": ({"quant": ("fp8_w8a8:128x128",)}, LayerTiles(replace(_LOW, num_stages=5), _LOW)),
+}
+COOPERATIVE_KERNELS = ("gemm1_cooperative", "gemm2_cooperative")
+RECORD_TOKENS = 300  # within half an octave of the only bucket of those records; fewer take the heuristic
 
 
 def cases(target: str) -> dict[str, tuple[dict[str, Any], int]]:
@@ -85,18 +105,26 @@ def cases(target: str) -> dict[str, tuple[dict[str, Any], int]]:
 
 
 def by_record(folder: Path, target: str) -> list[dict[str, Any]]:
-    """Compile TMA_CASES for `target` through a record in each package; only the kernels of the family are returned."""
+    """Compile the families' cases for `target` through a record in each package; only their own kernels are returned.
+
+    With the shared memory that tile.py expects: `figure`.
+    """
     records = []
-    for number, (case, (fields, tiles)) in enumerate(TMA_CASES.items()):
+    for number, (case, (fields, tiles)) in enumerate((TMA_CASES | COOPERATIVE_CASES).items()):
         # A package each: one that is imported has read its records. Short reductions would be unrolled.
-        sizes = {**SIZES, "hidden_size": 1024, "intermediate_size": 640, "name": f"tma-{number}"}
+        sizes = {**SIZES, "hidden_size": 1024, "intermediate_size": 640, "name": f"record-{number}"}
         package = emit(make_plan(spec_of(**{**sizes, **fields})), folder)
-        write_record(import_package(package), package / "configs", target_facts(target), {TMA_TOKENS: tiles})
-        compiled = _compile_target((str(package), target, TMA_TOKENS))
+        imported = import_package(package)
+        write_record(imported, package / "configs", target_facts(target), {RECORD_TOKENS: tiles})
+        compiled = _compile_target((str(package), target, RECORD_TOKENS))
+        own = [
+            item for item in compiled if item.kernel in (*TMA_KERNELS, *COOPERATIVE_KERNELS) or item.error is not None
+        ]
+        figures = [shared_memory(getattr(tiles, op), imported.LAYERS[0].gemm(op)) for op in ("gemm1", "gemm2")]
         records += [
-            {"case": case, "triton": triton.__version__, **asdict(item)}
-            for item in compiled
-            if item.kernel.endswith("_tma") or item.error is not None
+            {"case": case, "triton": triton.__version__, "figure": figure, **asdict(item)}
+            for item, figure in zip_longest(own, figures)
+            if item
         ]
     return records
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from moegen.runtime.device import device_facts
-from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal
+from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.spec import Parallel
 from tests.support import packages
-from tests.support.packages import make_inputs, oracle, relative_error, unnamed
+from tests.support.by_tiles import ROUNDED_TWICE, check, run
+from tests.support.packages import make_inputs, oracle, relative_error
 from tests.support.record_files import write_record
 
 pytestmark = [
@@ -34,42 +35,12 @@ ROW_PAIRS = [LayerTiles(TALL, TALL), LayerTiles(LARGE, TALL), LayerTiles(SMALL, 
 BLOCKS = ("fp8_w8a8:128x128", "fp8_w8a8:128x128ue8m0", "int8_w8a8:128x128")
 BY_ROW = ("fp8_w8a8:tensor", "fp8_w8a8:tensor_token", "fp8_w8a8:channel", "int8_w8a8:channel", "int8_w8a8:tensor")
 SIZES: dict[str, Any] = {"num_experts": 16, "top_k": 4, "hidden_size": 720, "intermediate_size": 384}
-ROUNDED_TWICE = 3e-2  # a sum that float32 and float64 round apart may land one 8-bit step off, see test_quant.py
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Build:
     folder = Path(tmp_path_factory.mktemp("packages"))
     return lambda quant, **fields: packages.build(folder, quant=(quant,), **{**SIZES, **fields})
-
-
-def run(package: ModuleType, arguments: dict[str, Any], tiles: LayerTiles, on_input: bool = False) -> torch.Tensor:
-    """One call of the package's own `run`, past its checks, into NaN."""
-    layer, x = package.LAYERS[0], arguments["hidden_states"]
-    for op in ("gemm1", "gemm2"):
-        assert why_illegal(getattr(tiles, op), layer.gemm(op), device_facts(0)) is None
-    out = torch.full_like(x, float("nan"))
-    weights = [unnamed(package, name, arguments) for name in ("w13", "w2")]
-    routing = (arguments["topk_weights"], arguments["topk_ids"], arguments.get("expert_map"), on_input)
-    package.runtime.layer.run(layer, package.runtime.layer.Call(x, *weights, *routing, out), tiles)
-    return out
-
-
-def check(package: ModuleType, arguments: dict[str, Any], tiles: LayerTiles, on_input: bool = False) -> torch.Tensor:
-    """Against the oracle; a second run and one in a CUDA graph give the same bits."""
-    out = run(package, arguments, tiles, on_input)
-    expected = oracle(package.LAYERS[0], arguments, apply_router_weight_on_input=on_input)
-    error = relative_error(out, expected)
-    assert error < ROUNDED_TWICE, error
-    assert torch.equal(out, run(package, arguments, tiles, on_input))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(package, arguments, tiles, on_input)
-    captured.fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(out, captured)
-    return out
 
 
 @pytest.mark.parametrize("tokens", [1, 70, 517])

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from moegen.runtime import stream, stream_kernel, stream_w8a8
 from moegen.runtime.stream_sizes import StreamSizes
+from moegen.runtime.weight import scale_bytes
 
 
 class Values(torch.Tensor):
@@ -85,16 +87,19 @@ def read_block(descriptor: Any, start: list[Any]) -> torch.Tensor:
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: object) -> Any:
     index = torch.as_tensor(pointer.offset)
     mask = torch.as_tensor(True if mask is None else mask).expand(index.shape)
-    found = torch.full(index.shape, other, dtype=pointer.memory.dtype)
-    found[mask] = pointer.memory.flatten()[index[mask]]  # what is masked may lie outside
-    return found.as_subclass(Values)
+    memory = pointer.memory.flatten()
+    plain = memory.view(torch.uint8) if memory.dtype.itemsize == 1 else memory  # torch indexes no float8
+    found = torch.full(index.shape, other, dtype=plain.dtype)
+    found[mask] = plain[index[mask]]  # what is masked may lie outside
+    return found.view(memory.dtype).as_subclass(Values)
 
 
 def _store(pointer: Pointer, values: torch.Tensor, mask: Any = None) -> None:
     index, values = torch.broadcast_tensors(torch.as_tensor(pointer.offset), values)
     mask = torch.as_tensor(True if mask is None else mask).expand(index.shape)
     assert values.dtype == pointer.memory.dtype
-    pointer.memory.view(-1)[index[mask]] = values[mask]
+    plain = torch.uint8 if values.dtype.itemsize == 1 else values.dtype
+    pointer.memory.view(-1).view(plain)[index[mask]] = values.view(plain)[mask]
 
 
 def _split(values: torch.Tensor) -> tuple[Values, Values]:
@@ -157,8 +162,8 @@ def _decode_scale(stored: torch.Tensor) -> torch.Tensor:
     return torch.exp2(stored.float() - 127) if stored.dtype == torch.uint8 else stored.float()
 
 
-def as_python(block: int, blocks: int) -> Callable[[ModuleType], SimpleNamespace]:
-    """The functions of a kernel's module as Python functions of one block."""
+def as_python(block: int, blocks: int, **more: Any) -> Callable[[ModuleType], SimpleNamespace]:
+    """The functions of a kernel's module as Python functions of one block; `more` stands in for further globals."""
     nothing = lambda *_, **__: None  # noqa: E731
     stand_ins: dict[str, Any] = {
         "gl": language(block, blocks),
@@ -175,6 +180,7 @@ def as_python(block: int, blocks: int) -> Callable[[ModuleType], SimpleNamespace
         "divide": lambda values, step: values / step,
         "to_8_bit": _to_8_bit,
         "decode_scale": _decode_scale,
+        **more,
     }
     made: dict[str, dict[str, Any]] = {}
 
@@ -183,7 +189,9 @@ def as_python(block: int, blocks: int) -> Callable[[ModuleType], SimpleNamespace
         if name not in made:
             made[name] = own = {**module, **stand_ins}
             for key, value in module.items():
-                if isinstance(value, triton.JITFunction) and key not in stand_ins:
+                if isinstance(value, tl.constexpr):
+                    own[key] = value.value
+                elif isinstance(value, triton.JITFunction) and key not in stand_ins:
                     function = value.fn
                     own[key] = types.FunctionType(function.__code__, globals_of(function.__globals__), key)
         return made[name]
@@ -211,9 +219,11 @@ def run_as_python(
         kernel, ring, rows = as_python(block, blocks)(module), Ring(), Ring()
         kernel.stream_weights(*descriptors, routing, (ring, None, ring), SimpleNamespace(), sizes)
         pointers = (*biases, Pointer(hidden), Pointer(call.out), routing, (ring, ring, ring))
-        if sizes.quantised:
-            scales = [Pointer(stream._bytes(w.scale)) for w in (w13, w2)]
-            scales += [None if w.input_scale is None else Pointer(w.input_scale) for w in (w13, w2)]
+    memory = pointer.memory.flatten()
+    plain = memory.view(torch.uint8) if memory.dtype.itemsize == 1 else memory  # torch indexes no float8
+    found = torch.full(index.shape, other, dtype=plain.dtype)
+    found[mask] = plain[index[mask]]  # what is masked may lie outside
+    return found.view(memory.dtype).as_subclass(Values)
             shared = tuple(Shared(memory) for memory in _shared_memory(sizes, w13.values.dtype))
             kernel._multiply(
                 Pointer(x), *scales, *pointers, None, None, shared, activation, sizes, sizes.warps

@@ -1,0 +1,88 @@
+"""The family "cooperative" without a GPU: what is refused and why, and where the heuristic takes it."""
+
+from dataclasses import replace
+
+import pytest
+
+from moegen.device import TARGETS
+from moegen.runtime.heuristic import default_tiles
+from moegen.runtime.tile import Gemm, TileConfig, shared_memory, why_illegal
+from moegen.runtime.tma import quantises_hidden
+
+H200 = TARGETS["cuda:90"]
+FIRST = Gemm("gemm1", 128, 8, 1536, 2048, True, a_bits=8, w_bits=8, group_k=128, group_n=128)
+SECOND = replace(FIRST, op="gemm2", rows=2048, depth=768, gated=False)
+WIDE = TileConfig(128, 256, 128, 4, num_warps=8, num_stages=4, family="cooperative")
+NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=6)
+LOW = replace(WIDE, BLOCK_SIZE_M=64)
+OTHER_SCALES = (
+    "family=cooperative is for 8-bit weights and activations with scales of 128x128, not {} with scales of {}"
+)
+
+ILLEGAL: list[tuple[TileConfig, Gemm, str]] = [
+    (WIDE, replace(FIRST, a_bits=16), OTHER_SCALES.format("8 and 16 bits", "128x128")),
+    (WIDE, replace(FIRST, group_k=0, group_n=0), OTHER_SCALES.format("8 and 8 bits", "0x0")),
+    (WIDE, replace(FIRST, group_n=64), OTHER_SCALES.format("8 and 8 bits", "64x128")),
+    (WIDE, replace(FIRST, interleaved=True), "family=cooperative has no interleaved gate and up rows"),
+    (WIDE, replace(FIRST, rows=2 * 192), "gate and up rows share weight scales of 128 rows"),
+    (WIDE, replace(FIRST, depth=2040), "rows of 2040 bytes are not the multiple of 16 that TMA needs"),
+    (replace(WIDE, SWAP_AB=True), FIRST, "SWAP_AB is not for family=cooperative"),
+    (replace(WIDE, BLOCK_SIZE_M=32), SECOND, "BLOCK_SIZE_M=32 is not the 64 or 128 of family=cooperative"),
+    (replace(LOW, BLOCK_SIZE_N=128), SECOND, "BLOCK_SIZE_N=128 is not the 256 of family=cooperative"),
+    (replace(WIDE, BLOCK_SIZE_N=64), SECOND, "BLOCK_SIZE_N=64 is not the 128 or 256 of family=cooperative"),
+    (replace(WIDE, BLOCK_SIZE_K=64), SECOND, "BLOCK_SIZE_K=64 is not the 128 of family=cooperative"),
+    (replace(WIDE, num_warps=4), SECOND, "num_warps=4 is not the 8 of family=cooperative"),
+    (replace(WIDE, num_stages=2), SECOND, "num_stages=2 is below the 3 of family=cooperative"),
+    (replace(WIDE, num_stages=5), FIRST, "262240 bytes of shared memory exceed the 232448 of NVIDIA H200"),
+]
+
+
+@pytest.mark.parametrize(("tile", "gemm", "reason"), ILLEGAL)
+def test_illegal(tile: TileConfig, gemm: Gemm, reason: str) -> None:
+    assert why_illegal(tile, gemm, H200) == reason
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "cuda:90"])
+def test_no_other_target_runs_it(target: str) -> None:
+    device = TARGETS[target]
+    reason = f"family=cooperative needs compute capability 9.0, not {device.backend} {device.arch}"
+    assert why_illegal(WIDE, FIRST, device) == reason
+
+
+@pytest.mark.parametrize("tile", [WIDE, NARROW, LOW, replace(WIDE, num_stages=3)])
+@pytest.mark.parametrize(
+    "gemm", [FIRST, SECOND, replace(SECOND, rows=720, depth=400), replace(FIRST, rows=400, gated=False)]
+)
+def test_legal(tile: TileConfig, gemm: Gemm) -> None:
+    assert why_illegal(tile, gemm, H200) is None
+
+
+def test_shared_memory() -> None:
+    """The compiler's own figures; tests/compile compares them for more forms."""
+    assert (shared_memory(WIDE, FIRST), shared_memory(WIDE, SECOND)) == (213064, 229448)
+    assert (shared_memory(NARROW, FIRST), shared_memory(NARROW, SECOND)) == (213096, 229480)
+    short = replace(WIDE, num_stages=3)
+    assert (shared_memory(short, FIRST), shared_memory(short, SECOND)) == (163904, 180288)
+    assert shared_memory(replace(LOW, num_stages=5), FIRST) == 214128
+    assert (shared_memory(LOW, FIRST), shared_memory(LOW, SECOND)) == (173136, 196680)
+
+
+def test_which_tiles_quantise_the_intermediate() -> None:
+    assert quantises_hidden(WIDE, FIRST)
+    assert quantises_hidden(LOW, FIRST)
+    assert not quantises_hidden(NARROW, FIRST)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "group_n", "family"),
+    [
+        (1024, 128, "portable"),  # 64 slots an expert
+        (2048, 128, "cooperative"),
+        (16384, 128, "cooperative"),
+        (16384, 256, "tma"),
+        (16384, 64, "portable"),
+    ],
+)
+def test_the_heuristic_takes_it_where_it_is_legal(tokens: int, group_n: int, family: str) -> None:
+    tiles = default_tiles(*(replace(gemm, group_n=group_n) for gemm in (FIRST, SECOND)), tokens, H200, False)
+    assert {tiles.gemm1.family, tiles.gemm2.family} == {family}

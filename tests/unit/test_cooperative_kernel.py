@@ -1,0 +1,134 @@
+"""What the kernel of the family "cooperative" computes, as Python (tests/support/gluon_gemm.py), against the oracle."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from moegen.device import TARGETS
+from moegen.runtime import cooperative, tma
+from moegen.runtime.cooperative import launch_cooperative
+from moegen.runtime.layer import Call
+from moegen.runtime.quantise import Activations
+from moegen.runtime.reference import apply_activation
+from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal_pair
+from moegen.runtime.weight import Weight
+from moegen.spec import Parallel
+from tests.support.align_model import align_vectorised
+from tests.support.gluon_gemm import PythonKernel
+from tests.support.packages import make_inputs, oracle, relative_error
+
+WIDE = TileConfig(128, 256, 128, 2, PDL=True, num_warps=8, num_stages=4, family="cooperative")
+NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=3)
+LOW = replace(WIDE, BLOCK_SIZE_M=64, num_stages=5)
+FLAT = replace(LOW, num_stages=4)
+PAIRS = {
+    "low": LayerTiles(LOW, FLAT),
+    "wide": LayerTiles(WIDE, WIDE),
+    "narrow": LayerTiles(NARROW, NARROW),
+    "both": LayerTiles(NARROW, WIDE),
+}
+FP8 = {"quant": ("fp8_w8a8:128x128",)}
+SIZES = {"num_experts": 5, "top_k": 2, "hidden_size": 400, "intermediate_size": 384}
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "wide": (FP8, "wide"),
+    "narrow": (FP8, "narrow"),
+    "both": (FP8, "both"),
+    "one step": ({**FP8, "hidden_size": 48, "intermediate_size": 128}, "wide"),
+    "bias": ({**FP8, "bias": True, "dtypes": ("float16",)}, "wide"),
+    "narrow, bias": ({**FP8, "bias": True}, "narrow"),
+    "not gated": ({**FP8, "activation": "relu2_no_mul", "bias": True, "intermediate_size": 400}, "wide"),
+    "narrow, not gated": ({**FP8, "activation": "relu2_no_mul", "intermediate_size": 400}, "narrow"),
+    "low": (FP8, "low"),
+    "low, bias": ({**FP8, "bias": True, "hidden_size": 720}, "low"),
+    "low, not gated": ({**FP8, "activation": "relu2_no_mul", "bias": True, "intermediate_size": 400}, "low"),
+    "low, int8, shard": ({"quant": ("int8_w8a8:128x128",), "num_experts": 6, "parallel": (Parallel(ep=2),)}, "low"),
+    "ue8m0": ({"quant": ("fp8_w8a8:128x128ue8m0",)}, "wide"),
+    "int8": ({"quant": ("int8_w8a8:128x128",)}, "wide"),
+    "shard": ({**FP8, "num_experts": 6, "parallel": (Parallel(ep=2),)}, "wide"),
+}
+
+
+def quantise(x: torch.Tensor, scheme: Any, dtype: torch.dtype, *_: object) -> Activations:
+    """runtime/quantise.py in torch."""
+    largest = 127.0 if dtype == torch.int8 else 448.0
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
+    step = groups.abs().amax(2).clamp_min(1e-10) / largest
+    step = torch.exp2(torch.ceil(torch.log2(step))) if scheme.ue8m0 else step
+    scaled = (groups / step[..., None]).flatten(1)[:, : x.shape[1]].clamp(-largest, largest)
+    return Activations(((scaled + 0.5).floor() if dtype == torch.int8 else scaled).to(dtype).contiguous(), step)
+
+
+def reduce(
+    slots: torch.Tensor, topk_ids: torch.Tensor, out: torch.Tensor, experts: int, expert_map: Any, *_: Any
+) -> None:
+    """runtime/reduce.py in torch."""
+    known = (topk_ids >= 0) & (topk_ids < experts)
+    live = known if expert_map is None else known & (expert_map[topk_ids.clamp(0, experts - 1).long()] >= 0)
+    values = slots.float().view(*topk_ids.shape, -1)
+    out.copy_(torch.where(live[..., None], values, 0.0).sum(1))
+
+
+def run(
+    package: ModuleType,
+    arguments: dict[str, Any],
+    tiles: LayerTiles,
+    monkeypatch: pytest.MonkeyPatch,
+    on_input: bool = False,
+) -> torch.Tensor:
+    layer, x = package.LAYERS[0], arguments["hidden_states"]
+    assert why_illegal_pair(tiles, layer.gemm("gemm1"), layer.gemm("gemm2"), TARGETS["cuda:90"]) is None
+
+    def activation(*sides: torch.Tensor) -> torch.Tensor:
+        return apply_activation(torch.cat(sides, -1), layer.activation)
+
+    monkeypatch.setattr(cooperative, "_kernel", lambda _: PythonKernel(activation))
+    monkeypatch.setattr(tma, "quantise", quantise)
+    monkeypatch.setattr(tma, "top_k_reduce", reduce)
+    weights = [Weight.of(name, arguments[name], arguments) for name in ("w13", "w2")]
+    expert_map = arguments.get("expert_map")
+    call = Call(x, *weights, arguments["topk_weights"], arguments["topk_ids"], expert_map, on_input,
+                torch.full_like(x, float("nan")))  # fmt: skip
+    experts = layer.local_experts if expert_map is None else layer.num_experts
+    assignment = align_vectorised(call.topk_ids, tiles.gemm1.BLOCK_SIZE_M, experts, expert_map, True, True)
+    tma.run_sorted(layer, call, tiles, assignment, experts, launch_cooperative)
+    return call.out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers(case: str, build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    fields, pair = CASES[case]
+    package = build(**{**SIZES, **fields})
+    options = {"mapped": True, "padding": 0.1} if "shard" in case else {"padding": 0.1, "padded_rows": 16}
+    arguments = make_inputs(package.LAYERS[0], 150, **options)
+    error = relative_error(run(package, arguments, PAIRS[pair], monkeypatch), oracle(package.LAYERS[0], arguments))
+    assert error < 2e-2, error  # both round `hidden` to 8 bits, where sums that differ in their order may part
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_weight_on_input(pair: str, build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    package = build(**{**SIZES, **FP8, "top_k": 1, "bias": True})
+    arguments = make_inputs(package.LAYERS[0], 60, 1)
+    arguments["topk_weights"] = arguments["topk_weights"] * 0.3
+    wanted = oracle(package.LAYERS[0], arguments, apply_router_weight_on_input=True)
+    assert relative_error(run(package, arguments, PAIRS[pair], monkeypatch, on_input=True), wanted) < 2e-2
+
+
+def test_nothing_to_compute(build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    package = build(**SIZES, **FP8)
+    arguments = make_inputs(package.LAYERS[0], 20, padding=1.0)
+    assert not run(package, arguments, PAIRS["wide"], monkeypatch).any()
+
+
+def test_quantised_in_the_kernel_or_by_a_launch(
+    build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide tiles quantise `hidden` themselves, to the same values."""
+    package = build(**SIZES, **FP8)
+    arguments = make_inputs(package.LAYERS[0], 100, 2)
+    wide, narrow, low = (run(package, arguments, PAIRS[pair], monkeypatch) for pair in ("wide", "narrow", "low"))
+    assert torch.equal(wide, narrow)
+    assert torch.equal(low, narrow)
