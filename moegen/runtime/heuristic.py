@@ -27,7 +27,7 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
     """
     if tokens == 1:
         return family_tiles("stream", gemm1, gemm2, 1, device)
-    if not gemm1.group_k or gemm1.depth < 1024:  # loops of a few steps are unrolled in "tma", and spill
+    if not gemm1.group_k:
         return None
     mean = mean_slots(gemm1, tokens)
     if mean < (16 if gemm2.depth < 512 else 32):
