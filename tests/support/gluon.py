@@ -219,11 +219,9 @@ def run_as_python(
         kernel, ring, rows = as_python(block, blocks)(module), Ring(), Ring()
         kernel.stream_weights(*descriptors, routing, (ring, None, ring), SimpleNamespace(), sizes)
         pointers = (*biases, Pointer(hidden), Pointer(call.out), routing, (ring, ring, ring))
-    memory = pointer.memory.flatten()
-    plain = memory.view(torch.uint8) if memory.dtype.itemsize == 1 else memory  # torch indexes no float8
-    found = torch.full(index.shape, other, dtype=plain.dtype)
-    found[mask] = plain[index[mask]]  # what is masked may lie outside
-    return found.view(memory.dtype).as_subclass(Values)
+        if sizes.quantised:
+            scales = [Pointer(scale_bytes(w.scale)) for w in (w13, w2)]
+            scales += [None if w.input_scale is None else Pointer(w.input_scale) for w in (w13, w2)]
             shared = tuple(Shared(memory) for memory in _shared_memory(sizes, w13.values.dtype))
             kernel._multiply(
                 Pointer(x), *scales, *pointers, None, None, shared, activation, sizes, sizes.warps
