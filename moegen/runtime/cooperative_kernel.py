@@ -24,12 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .cooperative_finish import EACH, GROUP, finish
 from .decode import decode_scale
-from .kernel_parts import divide, group_scale, tile_order, to_8_bit
+from .kernel_parts import tile_order
 from .stream_parts import asm, next_stage, wait_for_previous
 
-_GROUP: gl.constexpr = gl.constexpr(128)  # cooperative_sizes.GROUP
-_EACH: gl.constexpr = gl.constexpr(64)  # slots of a consumer: the rows of a wgmma
 _LAG: gl.constexpr = gl.constexpr(2)  # steps between asking for tokens and announcing them
 # Registers a thread. With 240 and 24 the compiler overlaps a consumer's products and spills.
 _CONSUMER_REGISTERS: gl.constexpr = gl.constexpr(224)
@@ -45,7 +44,7 @@ def _load_weights(w, expert, pid_n, k, bar, w_bufs, stage, S: gl.constexpr):
     HALVES: gl.constexpr = S.halves
     for half in gl.static_range(HALVES):
         if S.gated and not S.splits:
-            start = [expert, half, pid_n * _GROUP, k]
+            start = [expert, half, pid_n * GROUP, k]
         else:
             start = [expert, 0, pid_n * (S.block_n // S.sides) + half * S.width, k]
         tma.async_copy_global_to_shared(w, start, bar, w_bufs.index(stage * S.halves + half))
@@ -80,15 +79,15 @@ def _produce(a, w, routing, ring, S: gl.constexpr):
         if S.gathers:
             slots = gl.load(sorted_ids + pid_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT)))
             rows = gl.minimum(slots, num_slots - 1) // S.top_k  # padding reads some token as well
-            depth = gl.expand_dims(gl.arange(0, _GROUP, layout=gl.SliceLayout(0, LAYOUT)), 0)
+            depth = gl.expand_dims(gl.arange(0, GROUP, layout=gl.SliceLayout(0, LAYOUT)), 0)
             pointers = a + (gl.expand_dims(rows.to(gl.int64) * S.depth, 1) + depth)
-        for k in range(0, S.steps * _GROUP, _GROUP):
+        for k in range(0, S.steps * GROUP, GROUP):
             mbarrier.wait(empty.index(stage), phase)
             bar = ready.index(stage)
             if S.gathers:
                 mbarrier.expect(bar, W_BYTES)
                 _load_weights(w, expert, pid_n, k, bar, w_bufs, stage, S)
-                if S.depth % _GROUP == 0:
+                if S.depth % GROUP == 0:
                     async_copy.async_copy_global_to_shared(a_bufs.index(stage), pointers + k)
                 else:
                     inside, block = gl.broadcast(depth < S.depth - k, pointers + k)
@@ -109,25 +108,37 @@ def _produce(a, w, routing, ring, S: gl.constexpr):
 
 
 @gluon.jit
+def _await_turn(part: gl.constexpr, S: gl.constexpr):
+    """If the consumers take turns: wait for one's own."""
+    if S.takes_turns:
+        asm("bar.sync " + (_FIRST_TURN if part == 0 else _SECOND_TURN))
+
+
+@gluon.jit
+def _pass_turn(part: gl.constexpr, S: gl.constexpr):
+    """If the consumers take turns: it is the other one's."""
+    if S.takes_turns:
+        asm("bar.arrive " + (_SECOND_TURN if part == 0 else _FIRST_TURN))
+
+
+@gluon.jit
 def _product(a_tile, w_tile, nothing, part: gl.constexpr, S: gl.constexpr):
     """Issue one product and wait for no one, but in gemm1 for one's turn.
 
     Products of gemm1 then queue, instead of sharing the tensor cores and ending, hence scaling, together. The short
     reductions of gemm2 gain nothing from it, and it ties the consumers' epilogues together.
     """
-    if S.takes_turns:
-        asm("bar.sync " + (_FIRST_TURN if part == 0 else _SECOND_TURN))
-    w_tile = w_tile.reshape((_GROUP, _GROUP)).permute((1, 0))
+    _await_turn(part, S)
+    w_tile = w_tile.reshape((GROUP, GROUP)).permute((1, 0))
     product = warpgroup_mma(a_tile, w_tile, nothing, use_acc=False, is_async=True)
-    if S.takes_turns:
-        asm("bar.arrive " + (_SECOND_TURN if part == 0 else _FIRST_TURN))
+    _pass_turn(part, S)
     return product
 
 
 @gluon.jit
 def _columns(values):
     """[64, 128] -> its left and right 64 columns, in registers."""
-    return gl.split(gl.permute(gl.reshape(values, (_EACH, 2, _GROUP // 2)), (0, 2, 1)))
+    return gl.split(gl.permute(gl.reshape(values, (EACH, 2, GROUP // 2)), (0, 2, 1)))
 
 
 @gluon.jit
@@ -140,115 +151,14 @@ def _scaled(product, factor):
 @gluon.jit
 def _scales(a_scale, w_scale, routing, expert, row, first, ACC: gl.constexpr, S: gl.constexpr):
     """Where the scales of a consumer's part of a tile begin: of its rows [64], and of both halves of its columns."""
-    HIGH: gl.constexpr = S.columns // _GROUP if S.gated else 1  # groups from low to high
-    a_rows = first + gl.arange(0, _EACH, layout=gl.SliceLayout(1, ACC))
+    HIGH: gl.constexpr = S.columns // GROUP if S.gated else 1  # groups from low to high
+    a_rows = first + gl.arange(0, EACH, layout=gl.SliceLayout(1, ACC))
     if S.gathers:
         a_rows = gl.minimum(gl.load(routing[1] + a_rows), routing[4] - 1) // S.top_k
     last = (expert + 1) * S.row_groups - 1
-    group = gl.minimum(expert * S.row_groups + row // _GROUP, last)
+    group = gl.minimum(expert * S.row_groups + row // GROUP, last)
     high = gl.minimum(group + HIGH, last)
     return a_scale + a_rows * S.steps, w_scale + group * S.steps, w_scale + high * S.steps
-
-
-@gluon.jit
-def _add_bias(values, bias, start, column, S: gl.constexpr):
-    """values [64, N] + bias[start + column …]."""
-    columns = column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
-    loaded = gl.load(bias + start + columns, mask=columns < S.columns, other=0.0)
-    return values + gl.expand_dims(loaded.to(gl.float32), 0)
-
-
-@gluon.jit
-def _times_weights(values, routing, first):
-    """values [64, N] times the router's weights of their slots."""
-    position = first + gl.arange(0, _EACH, layout=gl.SliceLayout(1, values.type.layout))
-    slots = gl.load(routing[1] + position)
-    return values * gl.expand_dims(gl.load(routing[0] + slots, mask=slots < routing[4], other=0.0), 1)
-
-
-@gluon.jit
-def _of_both(largest, maxima, met, part: gl.constexpr, turn):
-    """The larger of both consumers' values [64]. Of one turn's exchange nothing is written before the next but one."""
-    maxima.index(2 * turn + part).store(largest)
-    mbarrier.arrive(met, count=1)
-    mbarrier.wait(met, turn)
-    return gl.maximum(largest, maxima.index(2 * turn + 1 - part).load(largest.type.layout))
-
-
-@gluon.jit
-def _quantised(values, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr,
-               S: gl.constexpr):  # fmt: skip
-    """values [64, 128], a group, or a consumer's half of one, in the type of out; stores the scales.
-
-    To the bits of runtime/quantise.py.
-    """
-    out = results[0]
-    LARGEST: gl.constexpr = 127.0 if out.dtype.element_ty == gl.int8 else 448.0
-    GROUPS: gl.constexpr = (S.columns + _GROUP - 1) // _GROUP
-    values = values.to(DTYPE).to(gl.float32)
-    if S.columns % _GROUP != 0:
-        columns = column + gl.arange(0, _GROUP, layout=gl.SliceLayout(0, values.type.layout))
-        values = gl.where(gl.expand_dims(columns < S.columns, 0), values, 0.0)
-    largest = gl.max(gl.abs(values), axis=1)
-    if S.shares_groups:
-        largest = _of_both(largest, results[3], results[4], part, turn)
-    step = group_scale(largest, 1e-10, LARGEST, S.ue8m0)
-    position = first + gl.arange(0, _EACH, layout=step.type.layout)
-    live = gl.load(routing[1] + position) < routing[4]
-    # Of two consumers that share a group the first one stores its scale.
-    mine = (column % _GROUP == 0) & (column < S.columns)
-    gl.store(results[1] + position * GROUPS + column // _GROUP, step, mask=live & mine)
-    return to_8_bit(divide(values, gl.expand_dims(step, 1)), LARGEST, out.dtype.element_ty)
-
-
-@gluon.jit
-def _store(values, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr, S: gl.constexpr):
-    """values [64, N] to the columns from `column` on: gemm1's in sorted order, gemm2's to their slots."""
-    N: gl.constexpr = values.shape[1]
-    out = results[0]
-    if results[1] is not None:
-        values = _quantised(values, results, routing, first, column, part, turn, DTYPE, S)
-    values = values.to(out.dtype.element_ty)
-    if out.dtype.element_ty != gl.float32:  # 16 bytes a thread; of float32 it has 8, which are whole sectors as well
-        VALUES: gl.constexpr = 16 if results[1] is not None else 8
-        LANES: gl.constexpr = N // VALUES
-        WIDE: gl.constexpr = gl.BlockedLayout([LANES // 2, VALUES], [32 // LANES, LANES], [4, 1], [1, 0])
-        values = gl.convert_layout(values, WIDE)
-    position = first + gl.arange(0, _EACH, layout=gl.SliceLayout(1, values.type.layout))
-    slots = gl.load(routing[1] + position)
-    row = (position if S.gathers else slots).to(gl.int64) * S.columns
-    columns = gl.expand_dims(column + gl.arange(0, N, layout=gl.SliceLayout(0, values.type.layout)), 0)
-    inside = gl.expand_dims(slots < routing[4], 1) & (columns < S.columns)
-    gl.store(out + (gl.expand_dims(row, 1) + columns), values, mask=inside)
-
-
-@gluon.jit
-def _finish(low, high, expert, first, column, routing, results, part: gl.constexpr, turn, ACTIVATION: gl.constexpr,
-            DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
-    """What follows the products: router's weights, bias, activation, stores. `high` counts if S.has_high."""
-    bias = results[2]
-    WEIGHT_FIRST: gl.constexpr = S.weighted and S.gathers  # on the input, hence before the bias
-    if WEIGHT_FIRST:
-        low = _times_weights(low, routing, first)
-        if S.has_high:
-            high = _times_weights(high, routing, first)
-    if bias is not None:
-        low = _add_bias(low, bias, expert * S.rows, column, S)
-        if S.gated:
-            high = _add_bias(high, bias, expert * S.rows + S.columns, column, S)
-        elif S.has_high:
-            high = _add_bias(high, bias, expert * S.rows, column + _GROUP, S)
-    if S.weighted and not WEIGHT_FIRST:
-        low = _times_weights(low, routing, first)
-        if S.has_high:
-            high = _times_weights(high, routing, first)
-    if S.gated:
-        _store(ACTIVATION(low, high), results, routing, first, column, part, turn, DTYPE, S)
-    else:
-        _store(ACTIVATION(low) if S.gathers else low, results, routing, first, column, part, turn, DTYPE, S)
-        if S.has_high:
-            high = ACTIVATION(high) if S.gathers else high
-            _store(high, results, routing, first, column + _GROUP, part, turn, DTYPE, S)
 
 
 @gluon.jit
@@ -263,7 +173,7 @@ def _multiply(routing, scales, expert, first, column, ring, place, nothing, part
     token_scale = gl.load(token_scales)
     low_scale = decode_scale(gl.load(low_scales))
     high_scale = decode_scale(gl.load(high_scales))
-    low = gl.zeros((_EACH, _GROUP), gl.float32, layout=ACC)
+    low = gl.zeros((EACH, GROUP), gl.float32, layout=ACC)
     high = low
     if S.splits:
         low, high = _columns(low)
@@ -274,7 +184,7 @@ def _multiply(routing, scales, expert, first, column, ring, place, nothing, part
         mbarrier.wait(ready.index(stage), phase)
         a_tile = a_bufs.index(stage)
         if S.parts_by_rows:
-            a_tile = a_tile.slice(part * _EACH, _EACH, 0)
+            a_tile = a_tile.slice(part * EACH, EACH, 0)
         product = _product(a_tile, w_bufs.index(stage * S.halves + FIRST_HALF), nothing, part, S)
         token_scale = gl.load(token_scales + ahead)
         low_scale = decode_scale(gl.load(low_scales + ahead))
@@ -299,6 +209,22 @@ def _multiply(routing, scales, expert, first, column, ring, place, nothing, part
 
 
 @gluon.jit
+def _skip(ring, place, part: gl.constexpr, S: gl.constexpr):
+    """A tile of whose slots this consumer's are padding: its stages and turns pass, for the other's sake."""
+    _, _, empty, ready = ring
+    stage, phase = place
+    PRODUCTS: gl.constexpr = S.products
+    for _step in range(S.steps):
+        mbarrier.wait(ready.index(stage), phase)
+        for _product_of_it in gl.static_range(PRODUCTS):
+            _await_turn(part, S)
+            _pass_turn(part, S)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, S.stages)
+    return stage, phase
+
+
+@gluon.jit
 def _consume(part: gl.constexpr, routing, scales, results, ring, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr,
              S: gl.constexpr):  # fmt: skip
     """The tiles of this block as far as they are consumer `part`'s."""
@@ -308,7 +234,7 @@ def _consume(part: gl.constexpr, routing, scales, results, ring, ACTIVATION: gl.
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     PRODUCT: gl.constexpr = gl.int32 if ring[0].dtype == gl.int8 else gl.float32
     num_m = gl.load(routing[3]) // S.block_m
-    nothing = gl.zeros((_EACH, _GROUP), PRODUCT, layout=ACC)
+    nothing = gl.zeros((EACH, GROUP), PRODUCT, layout=ACC)
     place = (0, 0)
     turn = 0  # of tiles, by twos
     if S.takes_turns and part == 1:
@@ -319,11 +245,18 @@ def _consume(part: gl.constexpr, routing, scales, results, ring, ACTIVATION: gl.
         first = pid_m * S.block_m
         column = pid_n * (S.block_n // S.sides)
         if S.parts_by_rows:
-            first += part * _EACH
+            first += part * EACH
         else:
             column += part * S.width
-        low, high, place = _multiply(routing, scales, expert, first, column, ring, place, nothing, part, S)
-        _finish(low, high, expert, first, column, routing, results, part, turn, ACTIVATION, DTYPE, S)
+        if S.parts_by_rows and part == 1:  # an expert's padding follows its slots
+            padding = gl.load(routing[1] + first) >= routing[4]
+        else:
+            padding: gl.constexpr = False
+        if padding:
+            place = _skip(ring, place, part, S)
+        else:
+            low, high, place = _multiply(routing, scales, expert, first, column, ring, place, nothing, part, S)
+            finish(low, high, expert, first, column, routing, results, part, turn, ACTIVATION, DTYPE, S)
         turn ^= 1
     if S.takes_turns and part == 0:
         asm("bar.sync " + _FIRST_TURN)  # takes consumer 1's last arrival
@@ -345,7 +278,7 @@ def _gemm(
 ):
     VALUES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     STAGES: gl.constexpr = S.stages
-    a_bufs = gl.allocate_shared_memory(w.dtype, [STAGES, S.block_m, _GROUP], VALUES)
+    a_bufs = gl.allocate_shared_memory(w.dtype, [STAGES, S.block_m, GROUP], VALUES)
     w_bufs = gl.allocate_shared_memory(w.dtype, [STAGES * S.halves] + w.block_type.shape, w.layout)  # noqa: RUF005 - Triton has no stars
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -354,7 +287,7 @@ def _gemm(
         mbarrier.init(ready.index(stage), count=2 if S.gathers else 1)
     if S.shares_groups:
         FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-        maxima = gl.allocate_shared_memory(gl.float32, [4, _EACH], FLAT)
+        maxima = gl.allocate_shared_memory(gl.float32, [4, EACH], FLAT)
         met = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(met, count=2)
         results = (out, out_scale, bias, maxima, met)

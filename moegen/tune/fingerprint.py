@@ -69,7 +69,7 @@ def _sources(scheme: Scheme) -> tuple[str, ...]:
     names += ["decode"] if scheme.kind else []
     names += ["stream_kernel", "stream_parts", "stream_sizes"] if not scheme.kind or w8a8 else []
     names += ["stream_w8a8"] if w8a8 else []
-    names += ["cooperative_kernel", "cooperative_sizes"] if w8a8 and scheme.kind == "NxK" else []
+    names += ["cooperative_finish", "cooperative_kernel", "cooperative_sizes"] if w8a8 and scheme.kind == "NxK" else []
     return tuple(names)
 
 

@@ -1,0 +1,114 @@
+"""The kernel of the family "cooperative" behind a tile's products: router's weights, bias, activation, stores.
+
+`routing`, `results` and S are those of cooperative_kernel.py.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .kernel_parts import divide, group_scale, to_8_bit
+
+GROUP: gl.constexpr = gl.constexpr(128)  # cooperative_sizes.GROUP
+EACH: gl.constexpr = gl.constexpr(64)  # slots of a consumer: the rows of a wgmma
+
+
+@gluon.jit
+def _add_bias(values, bias, start, column, S: gl.constexpr):
+    """values [64, N] + bias[start + column …]."""
+    columns = column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
+    loaded = gl.load(bias + start + columns, mask=columns < S.columns, other=0.0)
+    return values + gl.expand_dims(loaded.to(gl.float32), 0)
+
+
+@gluon.jit
+def _times_weights(values, routing, first):
+    """values [64, N] times the router's weights of their slots."""
+    position = first + gl.arange(0, EACH, layout=gl.SliceLayout(1, values.type.layout))
+    slots = gl.load(routing[1] + position)
+    return values * gl.expand_dims(gl.load(routing[0] + slots, mask=slots < routing[4], other=0.0), 1)
+
+
+@gluon.jit
+def _of_both(largest, maxima, met, part: gl.constexpr, turn):
+    """The larger of both consumers' values [64]. Of one turn's exchange nothing is written before the next but one."""
+    maxima.index(2 * turn + part).store(largest)
+    mbarrier.arrive(met, count=1)
+    mbarrier.wait(met, turn)
+    return gl.maximum(largest, maxima.index(2 * turn + 1 - part).load(largest.type.layout))
+
+
+@gluon.jit
+def _quantised(values, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr,
+               S: gl.constexpr):  # fmt: skip
+    """values [64, 128], a group, or a consumer's half of one, in the type of out; stores the scales.
+
+    To the bits of runtime/quantise.py.
+    """
+    out = results[0]
+    LARGEST: gl.constexpr = 127.0 if out.dtype.element_ty == gl.int8 else 448.0
+    GROUPS: gl.constexpr = (S.columns + GROUP - 1) // GROUP
+    values = values.to(DTYPE).to(gl.float32)
+    if S.columns % GROUP != 0:
+        columns = column + gl.arange(0, GROUP, layout=gl.SliceLayout(0, values.type.layout))
+        values = gl.where(gl.expand_dims(columns < S.columns, 0), values, 0.0)
+    largest = gl.max(gl.abs(values), axis=1)
+    if S.shares_groups:
+        largest = _of_both(largest, results[3], results[4], part, turn)
+    step = group_scale(largest, 1e-10, LARGEST, S.ue8m0)
+    position = first + gl.arange(0, EACH, layout=step.type.layout)
+    live = gl.load(routing[1] + position) < routing[4]
+    # Of two consumers that share a group the first one stores its scale.
+    mine = (column % GROUP == 0) & (column < S.columns)
+    gl.store(results[1] + position * GROUPS + column // GROUP, step, mask=live & mine)
+    return to_8_bit(divide(values, gl.expand_dims(step, 1)), LARGEST, out.dtype.element_ty)
+
+
+@gluon.jit
+def _store(values, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr, S: gl.constexpr):
+    """values [64, N] to the columns from `column` on: gemm1's in sorted order, gemm2's to their slots."""
+    N: gl.constexpr = values.shape[1]
+    out = results[0]
+    if results[1] is not None:
+        values = _quantised(values, results, routing, first, column, part, turn, DTYPE, S)
+    values = values.to(out.dtype.element_ty)
+    if out.dtype.element_ty != gl.float32:  # 16 bytes a thread; of float32 it has 8, which are whole sectors as well
+        VALUES: gl.constexpr = 16 if results[1] is not None else 8
+        LANES: gl.constexpr = N // VALUES
+        WIDE: gl.constexpr = gl.BlockedLayout([LANES // 2, VALUES], [32 // LANES, LANES], [4, 1], [1, 0])
+        values = gl.convert_layout(values, WIDE)
+    position = first + gl.arange(0, EACH, layout=gl.SliceLayout(1, values.type.layout))
+    slots = gl.load(routing[1] + position)
+    row = (position if S.gathers else slots).to(gl.int64) * S.columns
+    columns = gl.expand_dims(column + gl.arange(0, N, layout=gl.SliceLayout(0, values.type.layout)), 0)
+    inside = gl.expand_dims(slots < routing[4], 1) & (columns < S.columns)
+    gl.store(out + (gl.expand_dims(row, 1) + columns), values, mask=inside)
+
+
+@gluon.jit
+def finish(low, high, expert, first, column, routing, results, part: gl.constexpr, turn, ACTIVATION: gl.constexpr,
+            DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
+    """What follows the products: router's weights, bias, activation, stores. `high` counts if S.has_high."""
+    bias = results[2]
+    WEIGHT_FIRST: gl.constexpr = S.weighted and S.gathers  # on the input, hence before the bias
+    if WEIGHT_FIRST:
+        low = _times_weights(low, routing, first)
+        if S.has_high:
+            high = _times_weights(high, routing, first)
+    if bias is not None:
+        low = _add_bias(low, bias, expert * S.rows, column, S)
+        if S.gated:
+            high = _add_bias(high, bias, expert * S.rows + S.columns, column, S)
+        elif S.has_high:
+            high = _add_bias(high, bias, expert * S.rows, column + GROUP, S)
+    if S.weighted and not WEIGHT_FIRST:
+        low = _times_weights(low, routing, first)
+        if S.has_high:
+            high = _times_weights(high, routing, first)
+    if S.gated:
+        _store(ACTIVATION(low, high), results, routing, first, column, part, turn, DTYPE, S)
+    else:
+        _store(ACTIVATION(low) if S.gathers else low, results, routing, first, column, part, turn, DTYPE, S)
+        if S.has_high:
+            high = ACTIVATION(high) if S.gathers else high
+            _store(high, results, routing, first, column + GROUP, part, turn, DTYPE, S)
