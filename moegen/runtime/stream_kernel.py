@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from .stream_parts import (
     asm,
     block_barrier,
+    end_reads,
     expert_of,
     fetch_descriptors,
     load_tile,
@@ -104,11 +105,12 @@ def _dot(acc, scale, LENGTH: gl.constexpr, place, w_ring, a_ring, S: gl.constexp
     for _ in range(0, LENGTH, S.depth):
         mbarrier.wait(w_ring[2].index(w_stage), w_phase)
         w = to_float32(w_ring[0].index(w_stage).load(TILE))
-        mbarrier.arrive(w_ring[1].index(w_stage), count=1)
-        w_stage, w_phase = next_stage(w_stage, w_phase, S.stages)
         mbarrier.wait(a_ring[2].index(a_stage), a_phase)
         a = a_ring[0].index(a_stage).load(gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
+        end_reads()
+        mbarrier.arrive(w_ring[1].index(w_stage), count=1)
         mbarrier.arrive(a_ring[1].index(a_stage), count=1)
+        w_stage, w_phase = next_stage(w_stage, w_phase, S.stages)
         a_stage, a_phase = next_stage(a_stage, a_phase, S.row_stages)
         a = gl.expand_dims(gl.expand_dims(to_float32(a) * scale, 1), 2)
         acc += gl.sum(gl.reshape(w * a, (1, 2, S.columns, S.depth // 8, 8)), axis=4)

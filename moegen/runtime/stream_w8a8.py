@@ -16,6 +16,7 @@ from .stream_kernel import LOADER_REGISTERS, new_ring, rows_of, store_hidden, st
 from .stream_parts import (
     asm,
     block_barrier,
+    end_reads,
     expert_of,
     next_stage,
     scale_of,
@@ -204,6 +205,7 @@ def _dot(acc, scale, CHUNKS: gl.constexpr, entry, chunk, place, ring, table, val
         a = gl.expand_dims(gl.expand_dims(gl.expand_dims(a, 0), 1), 2)
         mbarrier.wait(ring[2].index(stage), phase)
         products = _products(ring[0].index(stage).load(TILE), a)
+        end_reads()
         mbarrier.arrive(ring[1].index(stage), count=1)
         stage, phase = next_stage(stage, phase, S.stages)
         found = gl.sum(gl.reshape(products, (1, 2, COLUMNS, IN, 8, 16)), axis=5)

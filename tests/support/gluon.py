@@ -170,6 +170,7 @@ def as_python(block: int, blocks: int, **more: Any) -> Callable[[ModuleType], Si
         "mbarrier": SimpleNamespace(wait=nothing, arrive=nothing),
         "asm": nothing,
         "block_barrier": nothing,
+        "end_reads": nothing,
         "wait_for_previous": nothing,
         "wait_for_grid": nothing,
         "fetch_descriptors": nothing,
