@@ -116,8 +116,6 @@ def _rendered(plan: Plan) -> dict[str, bytes]:
         imports = {"along_rows", "along_tokens", "pdl_begin", "tile_order"}
         if module.activation.gated:
             imports |= {"gate_up_rows", "split_gate_up"}
-        if module.quant.tma_template:
-            imports |= {"split_halves", "store_rows"}
         context = {
             "header": header,
             "quant": module.quant,

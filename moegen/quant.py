@@ -11,7 +11,6 @@ class KernelQuant:
 
     scheme         the scheme itself
     template       skeleton that gemm1 and gemm2 extend
-    tma_template   the one that gemm1_tma and gemm2_tma extend; "" = the tma family has none for this scheme
     accumulator    Triton type of the accumulator
     dot_arguments  further arguments of tl.dot
     values         Triton expression: real weights of a tile
@@ -22,7 +21,6 @@ class KernelQuant:
 
     scheme: Scheme
     template: str
-    tma_template: str = ""
     accumulator: str = "tl.float32"
     dot_arguments: str = ""
     values: str = ""
@@ -45,14 +43,12 @@ def kernel_quant(scheme: Scheme) -> KernelQuant:
             return KernelQuant(
                 scheme=scheme,
                 template="kernels/grouped_gemm_w8a8_block.py.jinja",
-                tma_template="kernels/tma_w8a8_block.py.jinja",
                 imports=("decode_scale",),
             )
         exact = scheme.mode == "int8_w8a8"  # int32 holds every product of a reduction of up to 133 000 steps
         return KernelQuant(
             scheme=scheme,
             template="kernels/grouped_gemm_w8a8.py.jinja",
-            tma_template="kernels/tma_w8a8.py.jinja",
             accumulator="tl.int32" if exact else "tl.float32",
             dot_arguments=", out_dtype=tl.int32" if exact else _FP8_SUMS,
         )

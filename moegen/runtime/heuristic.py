@@ -21,9 +21,8 @@ def default_tiles(
 def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> LayerTiles | None:
     """Those of a family that is faster than the portable one for `tokens` tokens, if there is one.
 
-    "stream" gains 7 to 90 % at one token. With block scales "cooperative" gains 5 to 100 %, over "tma" too; of 64 slots
-    a block from few slots an expert on, earlier where the reduction of gemm2 is short. Scales that come after the loop
-    leave "tma" nothing to gain (docs/performance.md).
+    "stream" gains 7 to 90 % at one token. With block scales "cooperative" gains 5 to 100 %, in tiles of 64 slots from
+    few slots an expert on, earlier where the reduction of gemm2 is short (docs/performance.md).
     """
     if tokens == 1:
         return family_tiles("stream", gemm1, gemm2, 1, device)
@@ -58,21 +57,12 @@ def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -
     return LayerTiles(tile, tile)
 
 
-def _tma_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:  # noqa: ARG001
-    """The fastest pairs of Qwen3-30B-A3B and DeepSeek-V3 (TP8, EP8) with block scales (docs/performance.md)."""
-    if block_m == 128:
-        wide = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="tma")
-        return LayerTiles(wide, wide)
-    high = TileConfig(block_m, 256, 128, 16, PDL=True, num_warps=4, num_stages=2, family="tma")
-    return LayerTiles(high, replace(high, BLOCK_SIZE_N=128, num_stages=3))
-
-
 def _cooperative_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:  # noqa: ARG001
     wide = TileConfig(block_m, 256, 128, 16, PDL=True, num_warps=8, num_stages=4, family="cooperative")
     return LayerTiles(replace(wide, GROUP_SIZE_M=4) if block_m == 128 else replace(wide, num_stages=5), wide)
 
 
-_FAMILY_TILES = {"stream": _stream_tiles, "tma": _tma_tiles, "cooperative": _cooperative_tiles}
+_FAMILY_TILES = {"stream": _stream_tiles, "cooperative": _cooperative_tiles}
 
 
 def mean_slots(gemm: Gemm, tokens: int) -> float:

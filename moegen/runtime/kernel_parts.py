@@ -91,37 +91,6 @@ def to_8_bit(scaled, LARGEST: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def split_halves(acc):
-    """[M, N] -> the left and the right N / 2 columns; moves no data between threads for a tensor-core accumulator."""
-    M: tl.constexpr = acc.shape[0]
-    HALF: tl.constexpr = acc.shape[1] // 2
-    return tl.split(tl.permute(tl.reshape(acc, (M, 2, HALF)), (0, 2, 1)))
-
-
-@triton.jit
-def store_rows(
-    out, out_scale, values, rows, live, column, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, UE8M0: tl.constexpr
-):
-    """Store values [M, N] in the columns from `column` on of the rows [M] of out, which has COLUMNS columns.
-
-    With out_scale [rows, ceil(COLUMNS / N)] they are quantised, N columns a group: to the same bits as values of the
-    type DTYPE by `quantise`.
-    """
-    N: tl.constexpr = values.shape[1]
-    columns = column + tl.arange(0, N)
-    inside = live[:, None] & (columns < COLUMNS)[None, :]
-    rows = rows.to(tl.int64)
-    if out_scale is not None:
-        LARGEST: tl.constexpr = 127.0 if out.dtype.element_ty == tl.int8 else 448.0
-        values = tl.where((columns < COLUMNS)[None, :], values.to(DTYPE).to(tl.float32), 0.0)
-        step = group_scale(tl.max(tl.abs(values), 1), 1e-10, LARGEST, UE8M0)
-        scales = out_scale + rows * ((COLUMNS + N - 1) // N) + column // N
-        tl.store(scales, step, mask=live & (column < COLUMNS))
-        values = to_8_bit(divide(values, step[:, None]), LARGEST, out.dtype.element_ty)
-    tl.store(out + rows[:, None] * COLUMNS + columns[None, :], values.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def along_tokens(values, SWAP_AB: tl.constexpr):
     """A vector over the tile's tokens, ready to broadcast against the accumulator."""
     if SWAP_AB:

@@ -9,20 +9,17 @@ import triton
 from .activations import Activation
 from .align import align_into, align_launch_key, align_lengths, align_scratch_size
 from .assignment import low_latency_applies
-from .cooperative import launch_cooperative
+from .cooperative import SortedSlots, run_cooperative
 from .kernel_parts import pdl_option
 from .quant import Scheme
 from .quantise import Activations, Slots, quantise
 from .reduce import reduce_launch_key, top_k_reduce
 from .stream import run_stream
 from .tile import Gemm, LayerTiles, TileConfig
-from .tma import SortedSlots, launch_tma, run_sorted
 from .weight import Weight, scale_bytes
 
 # sorted_token_ids, expert_ids, num_tokens_post_padded; the first and the last are None for the low-latency assignment.
 Assignment = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]
-
-_SORTED_FAMILIES = {"tma": launch_tma, "cooperative": launch_cooperative}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,9 +125,8 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     if tiles.gemm1.family == "stream":
         run_stream(layer, call, tiles.gemm1)
         return
-    if tiles.gemm1.family in _SORTED_FAMILIES:
-        sorted_slots, experts = _align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map)
-        run_sorted(layer, call, tiles, sorted_slots, experts, _SORTED_FAMILIES[tiles.gemm1.family])
+    if tiles.gemm1.family == "cooperative":
+        run_cooperative(layer, call, tiles, _align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map))
         return
     x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()

@@ -8,11 +8,11 @@ import torch
 
 from .checks import LayerIndex, check_call, check_device
 from .configs import Configs
+from .descriptors import readable_by_tma
 from .device import DeviceFacts, device_facts
 from .layer import Call, Layer, launch_key, run
 from .reference import moe_reference
 from .tile import LayerTiles
-from .tma import readable_by_tma
 from .weight import PARTS, Weight, named_tensors
 
 _WEIGHT_ARGUMENTS = ", ".join(

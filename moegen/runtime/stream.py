@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .device import device_facts
+from .descriptors import descriptor, descriptor_base, multiprocessors
 from .kernel_parts import pdl_option
 from .quantise import least_maximum
 from .stream_sizes import StreamSizes
 from .tile import TileConfig
-from .tma import descriptor_base
 from .weight import scale_bytes
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ _WORDS, _WORD_STRIDE = 1 << 18, 8  # barrier words of a GPU, and int32 values fr
 # Two blocks fit a multiprocessor, so that the next layer's waits there while this one ends: registers a thread, of the
 # warps that multiply and of four, the two that load rounded up to a warpgroup.
 _REGISTERS = {4: 128, 8: 80}
-_UNKNOWN_GPU = 2  # programs of a launch without a GPU, which is only compiled
 
 
 def stream_sizes(layer: "Layer", tile: TileConfig, weight_on_input: bool) -> StreamSizes:
@@ -106,13 +104,12 @@ def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
     x, w13, w2 = call.hidden_states, call.w13, call.w2
     sizes = stream_sizes(layer, tile, call.apply_router_weight_on_input)
     hidden = x.new_empty((layer.top_k, layer.intermediate_size))
-    grid = device_facts(x.device.index).num_sms if x.is_cuda else _UNKNOWN_GPU
     rows: tuple[Any, ...]  # where activations and, of 8-bit weights, scales are read from
     if sizes.quantised:
         rows = (scale_bytes(w13.scale), scale_bytes(w2.scale), w13.input_scale, w2.input_scale, x)
     else:
         rows = (_row_descriptor(x, sizes), _row_descriptor(hidden, sizes))
-    _kernel(sizes.quantised)[(grid,)](
+    _kernel(sizes.quantised)[(multiprocessors(x),)](
         _weight_descriptor(w13.values, x, sizes, sizes.interleaved),
         _weight_descriptor(w2.values, x, sizes, False),
         *rows,
@@ -139,20 +136,9 @@ def _weight_descriptor(w: torch.Tensor, x: torch.Tensor, sizes: StreamSizes, int
     per_expert, per_row = w.stride(0), w.stride(1)
     strides = [per_expert, per_row, 2 * per_row, 1] if interleaved else [per_expert, rows // 2 * per_row, per_row, 1]
     shape, block = [experts, 2, rows // 2, depth], [1, 2, sizes.columns, sizes.depth]
-    return gluon_descriptor(descriptor_base(w, x), shape, strides, block)
+    return descriptor(descriptor_base(w, x), shape, strides, block)
 
 
 def _row_descriptor(rows: torch.Tensor, sizes: StreamSizes) -> Any:  # noqa: ANN401
     count, length = rows.shape
-    return gluon_descriptor(rows, [count, length], [length, 1], [1, sizes.depth])
-
-
-def gluon_descriptor(
-    base: torch.Tensor, shape: list[int], strides: list[int], block: list[int], swizzle: int = 0
-) -> Any:  # noqa: ANN401 - of a type that need not exist on other GPUs
-    """A tensor descriptor for Gluon; swizzle: bytes, of the block's place in shared memory."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    layout = NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * base.element_size(), rank=len(block))
-    return TensorDescriptor(base, shape, strides, block, layout)
+    return descriptor(rows, [count, length], [length, 1], [1, sizes.depth])

@@ -6,10 +6,9 @@ from .cooperative_sizes import cooperative_memory, why_illegal_cooperative
 from .device import DeviceFacts
 from .stream_sizes import stream_memory, why_illegal_stream
 
-# "portable" and "tma" are families of templates; "tma" is for 8-bit weights and activations on compute capability 9.0,
-# "cooperative" for those with scales of 128x128. "stream" is for one token there, and weights of 16 bits, or of 8 like
-# the activations: one kernel for the whole layer.
-FAMILIES = ("portable", "tma", "cooperative", "stream")
+# "portable" are the templates. The others are for compute capability 9.0, in Gluon: "cooperative" for 8-bit weights and
+# activations with scales of 128x128, "stream" for one token, and weights of 16 bits, or of 8 like the activations.
+FAMILIES = ("portable", "cooperative", "stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +149,8 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
         return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} is below the 32 steps of an 8-bit tensor-core product"
     if gemm.is_w8a8 and gemm.group_k % tile.BLOCK_SIZE_K:
         return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} does not divide the quant group of {gemm.group_k}"
-    reason = None
-    if tile.family == "tma":
-        reason = why_illegal_tma(tile, gemm, device)
-    elif tile.family == "cooperative":
-        reason = why_illegal_cooperative(tile, gemm, device)
-    if reason is not None:
-        return reason
+    if tile.family == "cooperative":
+        return why_illegal_cooperative(tile, gemm, device) or _why_too_large(tile, gemm, device)
     accumulators = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
     if accumulators > 256:
         return f"{accumulators} accumulators per thread do not fit into 255 registers"
@@ -175,38 +169,6 @@ def _why_too_large(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | N
     return None
 
 
-def why_illegal_tma(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
-    """What `why_illegal` adds for the family "tma"."""
-    if not device.has_wgmma:
-        return f"family=tma needs compute capability 9.0, not {device.backend} {device.arch}"
-    if not gemm.is_w8a8:
-        return f"family=tma is for 8-bit weights and activations, not {gemm.w_bits} and {gemm.a_bits} bits"
-    if tile.SWAP_AB:
-        return "SWAP_AB is not for family=tma"
-    if gemm.depth % 16:
-        return f"rows of {gemm.depth} bytes are not the multiple of 16 that TMA needs"
-    if max(tile.BLOCK_SIZE_M, tile.BLOCK_SIZE_N, tile.BLOCK_SIZE_K) > 256:
-        return "family=tma has blocks of at most 256"
-    if not gemm.group_k:
-        return None
-    if gemm.group_n % (tile.BLOCK_SIZE_N // 2) or (
-        gemm.group_n > tile.BLOCK_SIZE_N and gemm.group_n % tile.BLOCK_SIZE_N
-    ):
-        return f"BLOCK_SIZE_N={tile.BLOCK_SIZE_N} does not fit weight scales of {gemm.group_n} rows"
-    if gemm.gated and not gemm.interleaved and gemm.rows // 2 % gemm.group_n:
-        return f"gate and up rows share weight scales of {gemm.group_n} rows"
-    return None
-
-
-def flattens(gemm: Gemm) -> bool:
-    """Whether a program of the family "tma" loads its next tile while it stores one.
-
-    Not where tokens are gathered or products scaled at every step, since there it was slower
-    (docs/results/h200-tma-prototype.csv).
-    """
-    return gemm.op == "gemm2" and not gemm.group_k
-
-
 def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
     """Bytes of shared memory that the pipelined operand tiles take: an upper bound (mma.sync drops one stage)."""
     if tile.family == "stream":
@@ -215,9 +177,6 @@ def shared_memory(tile: TileConfig, gemm: Gemm) -> int:
         return cooperative_memory(tile, gemm)
     bits = tile.BLOCK_SIZE_M * gemm.a_bits + tile.BLOCK_SIZE_N * gemm.w_bits
     operands = bits * tile.BLOCK_SIZE_K * tile.num_stages // 8
-    if tile.family == "tma":
-        stored = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N  # half of the columns at a time, of 16 bits
-        return operands + stored if flattens(gemm) else max(operands, stored)
     if gemm.w_bits < gemm.a_bits:  # weights decoded in registers may pass through one more tile
         operands += tile.BLOCK_SIZE_N * tile.BLOCK_SIZE_K * gemm.a_bits // 8
     epilogue = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N * 4 // (2 if gemm.gated else 1)

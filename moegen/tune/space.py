@@ -22,22 +22,12 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_warps": (1, 2, 4, 8),
         "num_stages": (2, 3, 4, 5, 6, 8),
     },
-    "tma": {
-        "BLOCK_SIZE_M": (64, 128),
-        "BLOCK_SIZE_N": (64, 128, 256),
-        "BLOCK_SIZE_K": (64, 128),
-        "GROUP_SIZE_M": (1, 4, 8, 16, 64),
-        "SWAP_AB": (False,),
-        "PDL": (True,),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4, 5),
-    },
     "cooperative": {
         "BLOCK_SIZE_M": (64, 128),
         "BLOCK_SIZE_N": (128, 256),
         "BLOCK_SIZE_K": (128,),
         "GROUP_SIZE_M": (1, 4, 8, 16, 64),
-        "PDL": (True,),
+        "PDL": (False, True),
         "num_warps": (8,),
         "num_stages": (3, 4, 5, 6),
     },
@@ -51,7 +41,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 OPS = ("gemm1", "gemm2")
-LEAST_SLOTS = {"tma": 16, "cooperative": 32}  # mean slots per expert from which a family is plausible
+COOPERATIVE_SLOTS = 32  # mean slots per expert from which the family cooperative is plausible
 LONG_RUNS = 64  # mean slots per expert above which M blocks of one expert follow each other and GROUP_SIZE_M counts
 NEAR_RULE = 4  # how far from the rule's limit, in tokens, the other assignment is plausible
 SMALL_M, SWAPPED_M = 32, 64  # largest BLOCK_SIZE_M at which fewer warps than a warpgroup, and SWAP_AB, are plausible
@@ -175,10 +165,9 @@ def layer_space(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_
     """The space of one layer for `tokens` tokens; low_latency: whether calls take the low-latency assignment."""
     default = default_tiles(gemm1, gemm2, tokens, device, low_latency)
     starts = _portable_starts(gemm1, gemm2, tokens, device, low_latency)
-    for family, least in LEAST_SLOTS.items():
-        if mean_slots(gemm1, tokens) >= least:
-            found = {size: family_tiles(family, gemm1, gemm2, size, device) for size in AXES[family]["BLOCK_SIZE_M"]}
-            starts |= {Kind(family, size): pair for size, pair in found.items() if pair}
+    if mean_slots(gemm1, tokens) >= COOPERATIVE_SLOTS:
+        found = (family_tiles("cooperative", gemm1, gemm2, m, device) for m in AXES["cooperative"]["BLOCK_SIZE_M"])
+        starts |= {kind_of(pair): pair for pair in found if pair}
     one = family_tiles("stream", gemm1, gemm2, 1, device) if tokens == 1 else None
     starts |= {kind_of(pair): pair for pair in (one, default) if pair}
     spaces: list[dict[Kind, Space]] = [

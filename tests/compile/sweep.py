@@ -48,33 +48,7 @@ SCHEMES = tuple(q for q in SMALL_SCHEMES if q not in ("int4_w4a16:g64", "fp8_w8a
 # One scheme a kind of product, with every tile of the heuristic: on cuda:90 they must become wgmma.
 TILED = ("fp8_w8a8:channel", "fp8_w8a8:128x128", "int8_w8a8:channel", "int4_w4a16:g128z", "mxfp4_w4a16")
 
-# The family "tma" by records, since the heuristic does not choose it: every form of its kernels, a tile pair each.
-_WIDE = TileConfig(64, 256, 128, 16, PDL=True, num_warps=4, num_stages=2, family="tma")
-_SMALL = TileConfig(64, 128, 128, 16, PDL=True, num_warps=4, num_stages=3, family="tma")
-_LARGE = TileConfig(128, 256, 128, 16, PDL=True, num_warps=8, num_stages=3, family="tma")
-_TALL = TileConfig(128, 128, 128, 16, PDL=True, num_warps=8, num_stages=3, family="tma")
-TMA_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
-    "tma, block": ({"quant": ("fp8_w8a8:128x128",)}, LayerTiles(_WIDE, _SMALL)),
-    "tma, block, one product": ({"quant": ("fp8_w8a8:128x128ue8m0",)}, LayerTiles(_SMALL, _WIDE)),
-    "tma, block, tails": (
-        {"quant": ("fp8_w8a8:128x128",), "hidden_size": 720, "intermediate_size": 384},
-        LayerTiles(_LARGE, _LARGE),
-    ),
-    "tma, int8 block, un-gated": (
-        {"quant": ("int8_w8a8:128x128",), "activation": "relu2_no_mul", "bias": True},
-        LayerTiles(_WIDE, _SMALL),
-    ),
-    "tma, channel": ({"quant": ("fp8_w8a8:channel",)}, LayerTiles(_TALL, _TALL)),
-    "tma, channel, large": ({"quant": ("fp8_w8a8:channel",)}, LayerTiles(_LARGE, _LARGE)),
-    "tma, int8, interleaved": (
-        {"quant": ("int8_w8a8:channel",), "activation": "swigluoai", "bias": True},
-        LayerTiles(_TALL, _TALL),
-    ),
-    "tma, tensor": ({"quant": ("fp8_w8a8:tensor",)}, LayerTiles(_TALL, _TALL)),
-}
-TMA_KERNELS = ("gemm1_tma", "gemm2_tma")
-
-# The family "cooperative" in the same way.
+# The family "cooperative" by records, which choose every form of its kernels: a tile pair each.
 _BROAD = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="cooperative")
 _SLIM = replace(_BROAD, BLOCK_SIZE_N=128, num_stages=6)
 _LOW = replace(_BROAD, BLOCK_SIZE_M=64)
@@ -105,21 +79,19 @@ def cases(target: str) -> dict[str, tuple[dict[str, Any], int]]:
 
 
 def by_record(folder: Path, target: str) -> list[dict[str, Any]]:
-    """Compile the families' cases for `target` through a record in each package; only their own kernels are returned.
+    """Compile the cases of "cooperative" for `target` by a record in each package; only their own kernels are returned.
 
     With the shared memory that tile.py expects: `figure`.
     """
     records = []
-    for number, (case, (fields, tiles)) in enumerate((TMA_CASES | COOPERATIVE_CASES).items()):
+    for number, (case, (fields, tiles)) in enumerate(COOPERATIVE_CASES.items()):
         # A package each: one that is imported has read its records. Short reductions would be unrolled.
         sizes = {**SIZES, "hidden_size": 1024, "intermediate_size": 640, "name": f"record-{number}"}
         package = emit(make_plan(spec_of(**{**sizes, **fields})), folder)
         imported = import_package(package)
         write_record(imported, package / "configs", target_facts(target), {RECORD_TOKENS: tiles})
         compiled = _compile_target((str(package), target, RECORD_TOKENS))
-        own = [
-            item for item in compiled if item.kernel in (*TMA_KERNELS, *COOPERATIVE_KERNELS) or item.error is not None
-        ]
+        own = [item for item in compiled if item.kernel in COOPERATIVE_KERNELS or item.error is not None]
         figures = [shared_memory(getattr(tiles, op), imported.LAYERS[0].gemm(op)) for op in ("gemm1", "gemm2")]
         records += [
             {"case": case, "triton": triton.__version__, "figure": figure, **asdict(item)}

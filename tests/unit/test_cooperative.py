@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from moegen.device import TARGETS
+from moegen.runtime.cooperative import quantises_hidden
 from moegen.runtime.heuristic import default_tiles
 from moegen.runtime.tile import Gemm, TileConfig, shared_memory, why_illegal
-from moegen.runtime.tma import quantises_hidden
 
 H200 = TARGETS["cuda:90"]
 FIRST = Gemm("gemm1", 128, 8, 1536, 2048, True, a_bits=8, w_bits=8, group_k=128, group_n=128)
@@ -76,10 +76,10 @@ def test_which_tiles_quantise_the_intermediate() -> None:
 @pytest.mark.parametrize(
     ("tokens", "group_n", "family"),
     [
-        (1024, 128, "portable"),  # 64 slots an expert
-        (2048, 128, "cooperative"),
+        (256, 128, "portable"),  # 16 slots an expert
+        (1024, 128, "cooperative"),
         (16384, 128, "cooperative"),
-        (16384, 256, "tma"),
+        (16384, 256, "portable"),
         (16384, 64, "portable"),
     ],
 )

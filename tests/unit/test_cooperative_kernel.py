@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from moegen.device import TARGETS
-from moegen.runtime import cooperative, tma
-from moegen.runtime.cooperative import launch_cooperative
+from moegen.runtime import cooperative
 from moegen.runtime.layer import Call
 from moegen.runtime.quantise import Activations
 from moegen.runtime.reference import apply_activation
@@ -86,15 +85,15 @@ def run(
         return apply_activation(torch.cat(sides, -1), layer.activation)
 
     monkeypatch.setattr(cooperative, "_kernel", lambda _: PythonKernel(activation))
-    monkeypatch.setattr(tma, "quantise", quantise)
-    monkeypatch.setattr(tma, "top_k_reduce", reduce)
+    monkeypatch.setattr(cooperative, "quantise", quantise)
+    monkeypatch.setattr(cooperative, "top_k_reduce", reduce)
     weights = [Weight.of(name, arguments[name], arguments) for name in ("w13", "w2")]
     expert_map = arguments.get("expert_map")
     call = Call(x, *weights, arguments["topk_weights"], arguments["topk_ids"], expert_map, on_input,
                 torch.full_like(x, float("nan")))  # fmt: skip
     experts = layer.local_experts if expert_map is None else layer.num_experts
     assignment = align_vectorised(call.topk_ids, tiles.gemm1.BLOCK_SIZE_M, experts, expert_map, True, True)
-    tma.run_sorted(layer, call, tiles, assignment, experts, launch_cooperative)
+    cooperative.run_cooperative(layer, call, tiles, assignment, experts)
     return call.out
 
 

@@ -13,11 +13,11 @@ import torch
 
 from moegen.device import TARGETS
 from moegen.runtime import stream
+from moegen.runtime.descriptors import descriptor_base, readable_by_tma
 from moegen.runtime.heuristic import default_tiles
 from moegen.runtime.layer import Call, launch_key
 from moegen.runtime.stream import BarrierWords, StreamSizes, stream_sizes
 from moegen.runtime.tile import Gemm, LayerTiles, TileConfig, shared_memory, why_illegal
-from moegen.runtime.tma import descriptor_base, readable_by_tma
 from moegen.runtime.weight import Weight
 from tests.unit.test_configs import LAYER
 
