@@ -1,4 +1,4 @@
-"""The family "cooperative" (cooperative_kernel.py): two groups of warps share a tile of a GEMM with block scales.
+"""The family "cooperative" (cooperative_kernel.py): two groups of warps share a tile, a third one loads.
 
 gemm1 gathers the tokens and leaves `hidden` in the order of the aligned assignment, so that gemm2 reads blocks of rows.
 """
@@ -40,6 +40,10 @@ def cooperative_sizes(layer: "Layer", op: str, weighted: bool, tile: TileConfig)
         gathers=op == "gemm1",
         gated=gemm.gated,
         weighted=weighted,
+        value_bytes=gemm.a_bits // 8,
+        grouped=gemm.group_k > 0,
+        token_scales=layer.scheme.kind in ("channel", "tensor_token"),
+        row_scales=layer.scheme.kind == "channel",
         ue8m0=layer.scheme.ue8m0,
         block_m=tile.BLOCK_SIZE_M,
         block_n=tile.BLOCK_SIZE_N,
@@ -50,7 +54,7 @@ def cooperative_sizes(layer: "Layer", op: str, weighted: bool, tile: TileConfig)
 
 
 def quantises_hidden(tile: TileConfig, gemm: Gemm) -> bool:
-    """Whether gemm1 quantises what it writes: half a tile of its columns is one group."""
+    """Whether gemm1 quantises what it writes: half a tile of its columns is one group of block scales."""
     return gemm.group_k == tile.BLOCK_SIZE_N // 2
 
 
@@ -99,7 +103,7 @@ def _launch(
 ) -> None:
     x = call.hidden_states
     sizes = cooperative_sizes(layer, op, weighted, tile)
-    rows: Any = a.values
+    rows: Any = a.values.contiguous()  # tokens that were not quantised may have gaps between them
     if not sizes.gathers:
         block = [tile.BLOCK_SIZE_M, tile.BLOCK_SIZE_K]
         rows = descriptor(rows, list(rows.shape), list(rows.stride()), block, _SWIZZLE)

@@ -1,6 +1,6 @@
-"""The kernel of the family "cooperative" behind a tile's products: router's weights, bias, activation, stores.
+"""The kernel of the family "cooperative" behind a tile's products: scales, router's weights, bias, activation, stores.
 
-`routing`, `results` and S are those of cooperative_kernel.py.
+`routing`, `scales`, `results` and S are those of cooperative_kernel.py.
 """
 
 from triton.experimental import gluon
@@ -11,6 +11,32 @@ from .kernel_parts import divide, group_scale, to_8_bit
 
 GROUP: gl.constexpr = gl.constexpr(128)  # cooperative_sizes.GROUP
 EACH: gl.constexpr = gl.constexpr(64)  # slots of a consumer: the rows of a wgmma
+
+
+@gluon.jit
+def rows_of(first, routing, LAYOUT: gl.constexpr, S: gl.constexpr):
+    """The rows [64] of a that the sorted slots from `first` on read; padding has some row as well."""
+    position = first + gl.arange(0, EACH, layout=LAYOUT)
+    if S.gathers:
+        return gl.minimum(gl.load(routing[1] + position), routing[4] - 1) // S.top_k
+    else:
+        return position
+
+
+@gluon.jit
+def _times_scales(values, scales, routing, expert, first, start, column, S: gl.constexpr):
+    """values [64, N], sums of quantised products, times their scales; start: of the weight rows of column 0."""
+    if S.token_scales:
+        rows = rows_of(first, routing, gl.SliceLayout(1, values.type.layout), S)
+        values *= gl.expand_dims(gl.load(scales[0] + rows), 1)
+    else:
+        values *= gl.load(scales[0])
+    if S.row_scales:
+        columns = column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
+        values *= gl.expand_dims(gl.load(scales[1] + start + columns, mask=columns < S.columns, other=0.0), 0)
+    else:
+        values *= gl.load(scales[1] + expert)
+    return values
 
 
 @gluon.jit
@@ -86,21 +112,26 @@ def _store(values, results, routing, first, column, part: gl.constexpr, turn, DT
 
 
 @gluon.jit
-def finish(low, high, expert, first, column, routing, results, part: gl.constexpr, turn, ACTIVATION: gl.constexpr,
-            DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
-    """What follows the products: router's weights, bias, activation, stores. `high` counts if S.has_high."""
+def finish(low, high, expert, first, column, routing, scales, results, part: gl.constexpr, turn,
+           ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
+    """What follows the products: scales, router's weights, bias, activation, stores. `high` counts if S.has_high."""
     bias = results[2]
     WEIGHT_FIRST: gl.constexpr = S.weighted and S.gathers  # on the input, hence before the bias
+    start = expert * S.rows  # the weight row of the result's column 0; of `high` where gate and up rows are apart
+    high_start = start + S.columns if S.gated else start
+    high_column = column if S.gated else column + low.shape[1]
+    if scales[0] is not None and not S.grouped:
+        low = _times_scales(low, scales, routing, expert, first, start, column, S)
+        if S.has_high:
+            high = _times_scales(high, scales, routing, expert, first, high_start, high_column, S)
     if WEIGHT_FIRST:
         low = _times_weights(low, routing, first)
         if S.has_high:
             high = _times_weights(high, routing, first)
     if bias is not None:
-        low = _add_bias(low, bias, expert * S.rows, column, S)
-        if S.gated:
-            high = _add_bias(high, bias, expert * S.rows + S.columns, column, S)
-        elif S.has_high:
-            high = _add_bias(high, bias, expert * S.rows, column + GROUP, S)
+        low = _add_bias(low, bias, start, column, S)
+        if S.has_high:
+            high = _add_bias(high, bias, high_start, high_column, S)
     if S.weighted and not WEIGHT_FIRST:
         low = _times_weights(low, routing, first)
         if S.has_high:
@@ -111,4 +142,4 @@ def finish(low, high, expert, first, column, routing, results, part: gl.constexp
         _store(ACTIVATION(low) if S.gathers else low, results, routing, first, column, part, turn, DTYPE, S)
         if S.has_high:
             high = ACTIVATION(high) if S.gathers else high
-            _store(high, results, routing, first, column + GROUP, part, turn, DTYPE, S)
+            _store(high, results, routing, first, high_column, part, turn, DTYPE, S)

@@ -1,11 +1,13 @@
-"""The kernel of the family "cooperative": a grouped GEMM with block scales whose consumers wait for their own products.
+"""The kernel of the family "cooperative": a grouped GEMM whose consumers wait for their own products.
 
 A block of 12 warps: consumer 0 (the default partition), consumer 1, a producer. Programs are persistent, one a
-multiprocessor. A tile is 128 sorted slots by BLOCK_SIZE_N weight rows, a step 128 deep, and consumer c has slots
-64 c … 64 c + 63 of it; of a tile of 64 slots it has half of the columns. The tensor cores cannot scale, so every step's
-product is scaled and added by ordinary ones: nothing in the loop makes one consumer wait for the other, and one scales
-while the product of the other runs. The producer fills a ring: weights by TMA, tokens by cp.async in gemm1, which
-gathers them, and by TMA in gemm2.
+multiprocessor. A tile is 128 sorted slots by BLOCK_SIZE_N weight rows, a step takes 128 bytes of each row, and consumer
+c has slots 64 c … 64 c + 63 of it; of a tile of 64 slots it has half of the columns. The producer fills a ring, tile
+after tile without a pause: weights by TMA, tokens by cp.async in gemm1, which gathers them, and by TMA in gemm2.
+
+Block scales change with every step. The tensor cores cannot scale, so each step's product is scaled and added by
+ordinary ones: nothing in the loop makes one consumer wait for the other, and one scales while the product of the other
+runs. Without block scales products add up on the tensor cores, one in flight while the next is issued.
 
 S is a CooperativeSizes; routing is (topk_weights [num_slots], sorted_token_ids, expert_ids, num_tokens_post_padded,
 num_slots), ring (tiles of a, blocks of w, the barriers that say they are empty and loaded), results (out, out_scale,
@@ -24,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .cooperative_finish import EACH, GROUP, finish
+from .cooperative_finish import EACH, GROUP, finish, rows_of
 from .decode import decode_scale
 from .kernel_parts import tile_order
 from .stream_parts import asm, next_stage, wait_for_previous
@@ -44,7 +46,7 @@ def _load_weights(w, expert, pid_n, k, bar, w_bufs, stage, S: gl.constexpr):
     HALVES: gl.constexpr = S.halves
     for half in gl.static_range(HALVES):
         if S.gated and not S.splits:
-            start = [expert, half, pid_n * GROUP, k]
+            start = [expert, half, pid_n * S.width, k]
         else:
             start = [expert, 0, pid_n * (S.block_n // S.sides) + half * S.width, k]
         tma.async_copy_global_to_shared(w, start, bar, w_bufs.index(stage * S.halves + half))
@@ -64,7 +66,8 @@ def _produce(a, w, routing, ring, S: gl.constexpr):
     _, sorted_ids, expert_ids, num_sorted, num_slots = routing
     a_bufs, w_bufs, empty, ready = ring
     wait_for_previous(S.pdl)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16 // S.value_bytes], [4, 8], [4, 1], [1, 0])
+    STEP: gl.constexpr = S.step
     BLOCK_M: gl.constexpr = S.block_m
     W_BYTES: gl.constexpr = S.halves * w.block_type.nbytes
     num_m = gl.load(num_sorted) // BLOCK_M
@@ -78,20 +81,20 @@ def _produce(a, w, routing, ring, S: gl.constexpr):
         expert = gl.minimum(gl.load(expert_ids + pid_m), S.num_experts - 1)
         if S.gathers:
             slots = gl.load(sorted_ids + pid_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT)))
-            rows = gl.minimum(slots, num_slots - 1) // S.top_k  # padding reads some token as well
-            depth = gl.expand_dims(gl.arange(0, GROUP, layout=gl.SliceLayout(0, LAYOUT)), 0)
+            rows = slots // S.top_k
+            depth = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, LAYOUT)), 0)
             pointers = a + (gl.expand_dims(rows.to(gl.int64) * S.depth, 1) + depth)
-        for k in range(0, S.steps * GROUP, GROUP):
+            live, pointers = gl.broadcast(gl.expand_dims(slots < num_slots, 1), pointers)  # padding costs no traffic
+        for k in range(0, S.steps * STEP, STEP):
             mbarrier.wait(empty.index(stage), phase)
             bar = ready.index(stage)
             if S.gathers:
                 mbarrier.expect(bar, W_BYTES)
                 _load_weights(w, expert, pid_n, k, bar, w_bufs, stage, S)
-                if S.depth % GROUP == 0:
-                    async_copy.async_copy_global_to_shared(a_bufs.index(stage), pointers + k)
-                else:
-                    inside, block = gl.broadcast(depth < S.depth - k, pointers + k)
-                    async_copy.async_copy_global_to_shared(a_bufs.index(stage), block, mask=inside)
+                mask = live
+                if S.depth % STEP != 0:
+                    mask = live & (depth < S.depth - k)
+                async_copy.async_copy_global_to_shared(a_bufs.index(stage), pointers + k, mask=mask)
                 async_copy.commit_group()
                 async_copy.wait_group(_LAG)
                 behind = _announce(ready, behind, steps >= _LAG, S)
@@ -137,8 +140,8 @@ def _product(a_tile, w_tile, nothing, part: gl.constexpr, S: gl.constexpr):
 
 @gluon.jit
 def _columns(values):
-    """[64, 128] -> its left and right 64 columns, in registers."""
-    return gl.split(gl.permute(gl.reshape(values, (EACH, 2, GROUP // 2)), (0, 2, 1)))
+    """[64, N] -> its left and right N / 2 columns, in registers."""
+    return gl.split(gl.permute(gl.reshape(values, (EACH, 2, values.shape[1] // 2)), (0, 2, 1)))
 
 
 @gluon.jit
@@ -152,9 +155,7 @@ def _scaled(product, factor):
 def _scales(a_scale, w_scale, routing, expert, row, first, ACC: gl.constexpr, S: gl.constexpr):
     """Where the scales of a consumer's part of a tile begin: of its rows [64], and of both halves of its columns."""
     HIGH: gl.constexpr = S.columns // GROUP if S.gated else 1  # groups from low to high
-    a_rows = first + gl.arange(0, EACH, layout=gl.SliceLayout(1, ACC))
-    if S.gathers:
-        a_rows = gl.minimum(gl.load(routing[1] + a_rows), routing[4] - 1) // S.top_k
+    a_rows = rows_of(first, routing, gl.SliceLayout(1, ACC), S)
     last = (expert + 1) * S.row_groups - 1
     group = gl.minimum(expert * S.row_groups + row // GROUP, last)
     high = gl.minimum(group + HIGH, last)
@@ -162,8 +163,39 @@ def _scales(a_scale, w_scale, routing, expert, row, first, ACC: gl.constexpr, S:
 
 
 @gluon.jit
-def _multiply(routing, scales, expert, first, column, ring, place, nothing, part: gl.constexpr, S: gl.constexpr):
+def _multiply(ring, place, nothing, part: gl.constexpr, S: gl.constexpr):
     """The sums of a consumer's part of one tile, low and high, and the place in the ring behind it."""
+    a_bufs, w_bufs, empty, ready = ring
+    stage, phase = place
+    SHAPE: gl.constexpr = (S.product_n, S.step)
+    FIRST_HALF: gl.constexpr = 0 if S.parts_by_rows else part
+    sums = nothing
+    behind = stage
+    for k in range(S.steps):
+        mbarrier.wait(ready.index(stage), phase)
+        a_tile = a_bufs.index(stage)
+        if S.parts_by_rows:
+            a_tile = a_tile.slice(part * EACH, EACH, 0)
+        w_tile = w_bufs.index(stage * S.halves + FIRST_HALF).reshape(SHAPE).permute((1, 0))
+        product = warpgroup_mma(a_tile, w_tile, sums, use_acc=True, is_async=True)
+        sums = warpgroup_mma_wait(1, deps=(product,))
+        mbarrier.arrive(empty.index(behind), count=1, pred=k > 0)  # of the product before
+        behind = stage
+        stage, phase = next_stage(stage, phase, S.stages)
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    mbarrier.arrive(empty.index(behind), count=1)
+    if S.has_high:
+        low, high = _columns(sums.to(gl.float32))
+    else:
+        low = sums.to(gl.float32)
+        high = low
+    return low, high, (stage, phase)
+
+
+@gluon.jit
+def _multiply_groups(routing, scales, expert, first, column, ring, place, nothing, part: gl.constexpr,
+                     S: gl.constexpr):  # fmt: skip
+    """`_multiply` with block scales."""
     a_bufs, w_bufs, empty, ready = ring
     stage, phase = place
     ACC: gl.constexpr = nothing.type.layout
@@ -231,10 +263,11 @@ def _consume(part: gl.constexpr, routing, scales, results, ring, ACTIVATION: gl.
     wait_for_previous(S.pdl)
     if S.pdl:
         asm("griddepcontrol.launch_dependents")
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    PRODUCT_N: gl.constexpr = S.product_n
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PRODUCT_N, 32 // S.value_bytes])
     PRODUCT: gl.constexpr = gl.int32 if ring[0].dtype == gl.int8 else gl.float32
     num_m = gl.load(routing[3]) // S.block_m
-    nothing = gl.zeros((EACH, GROUP), PRODUCT, layout=ACC)
+    nothing = gl.zeros((EACH, PRODUCT_N), PRODUCT, layout=ACC)
     place = (0, 0)
     turn = 0  # of tiles, by twos
     if S.takes_turns and part == 1:
@@ -255,8 +288,13 @@ def _consume(part: gl.constexpr, routing, scales, results, ring, ACTIVATION: gl.
         if padding:
             place = _skip(ring, place, part, S)
         else:
-            low, high, place = _multiply(routing, scales, expert, first, column, ring, place, nothing, part, S)
-            finish(low, high, expert, first, column, routing, results, part, turn, ACTIVATION, DTYPE, S)
+            if S.grouped:
+                low, high, place = _multiply_groups(
+                    routing, scales, expert, first, column, ring, place, nothing, part, S
+                )
+            else:
+                low, high, place = _multiply(ring, place, nothing, part, S)
+            finish(low, high, expert, first, column, routing, scales, results, part, turn, ACTIVATION, DTYPE, S)
         turn ^= 1
     if S.takes_turns and part == 0:
         asm("bar.sync " + _FIRST_TURN)  # takes consumer 1's last arrival
@@ -264,21 +302,23 @@ def _consume(part: gl.constexpr, routing, scales, results, ring, ACTIVATION: gl.
 
 @gluon.jit
 def _gemm(
-    a,  # gemm1: values [tokens, DEPTH]; gemm2: descriptor of the sorted rows [rows, DEPTH], block [BLOCK_SIZE_M, 128]
+    a,  # gemm1: values [tokens, DEPTH]; gemm2: descriptor of sorted rows [rows, DEPTH], block [BLOCK_SIZE_M, S.step]
     w,  # descriptor [E, sides, ROWS / sides, DEPTH], block S.weight_box
     bias,  # [E, ROWS] or None
     out,  # gemm1: [sorted slots, columns]; gemm2: [num_slots, columns] in (token, slot) order
     out_scale,  # [sorted slots, groups] float32, or None if out is not quantised
     routing,
-    scales,  # of a [rows of a, steps] float32, of w [E, row groups, steps] float32 or e8m0
+    # With block scales of a [rows of a, steps] float32, of w [E, row groups, steps] float32 or e8m0. Otherwise of a
+    # [rows of a] or [1], of w [E, ROWS] or [E], float32, or None and None.
+    scales,
     ACTIVATION: gl.constexpr,
     DTYPE: gl.constexpr,  # of the layer
     S: gl.constexpr,
     WARPS: gl.constexpr,  # of a partition
 ):
-    VALUES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    VALUES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * S.value_bytes, rank=2)
     STAGES: gl.constexpr = S.stages
-    a_bufs = gl.allocate_shared_memory(w.dtype, [STAGES, S.block_m, GROUP], VALUES)
+    a_bufs = gl.allocate_shared_memory(w.dtype, [STAGES, S.block_m, S.step], VALUES)
     w_bufs = gl.allocate_shared_memory(w.dtype, [STAGES * S.halves] + w.block_type.shape, w.layout)  # noqa: RUF005 - Triton has no stars
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from .device import DeviceFacts
     from .tile import Gemm, TileConfig
 
-GROUP = 128  # of the scales, both ways: the columns of a product and the depth of a step
+GROUP = 128  # of block scales, both ways: with them the columns of a product and the depth of a step
+_STEP_BYTES = 128  # of a row that a step takes: what the tensor cores' swizzled layout has in a row
 _LEAST_STAGES = 3  # gathered tokens are announced two steps after they were asked for
 
 
@@ -20,6 +21,10 @@ class CooperativeSizes:
     gathers       gemm1: rows of `a` are tokens. gemm2 reads blocks of sorted rows
     gated         gate and up rows, one half of the weights each
     weighted      whether results are multiplied by the router's weights
+    value_bytes   of a value of the operands: 1 or 2
+    grouped       block scales of 128x128. The other forms scale the sums, or nothing
+    token_scales  of those forms: one scale a row of activations, not one for all
+    row_scales    one scale a weight row, not one an expert
     ue8m0         whether the scales that it makes are powers of two
     block_m, block_n, group_m, stages, pdl  as in TileConfig
     """
@@ -31,6 +36,10 @@ class CooperativeSizes:
     gathers: bool
     gated: bool
     weighted: bool
+    value_bytes: int
+    grouped: bool
+    token_scales: bool
+    row_scales: bool
     ue8m0: bool
     block_m: int
     block_n: int
@@ -54,9 +63,14 @@ class CooperativeSizes:
         return -(-self.rows // self.block_n)
 
     @property
+    def step(self) -> int:
+        """Values of a row that a step of the reduction takes; block scales change with it."""
+        return _STEP_BYTES // self.value_bytes
+
+    @property
     def steps(self) -> int:
-        """Of the reduction; each has scales of its own."""
-        return -(-self.depth // GROUP)
+        """Of the reduction."""
+        return -(-self.depth // self.step)
 
     @property
     def row_groups(self) -> int:
@@ -64,59 +78,70 @@ class CooperativeSizes:
         return -(-self.rows // GROUP)
 
     @property
-    def halves(self) -> int:
-        """Blocks of 128 weight rows of a tile."""
-        return self.block_n // GROUP
-
-    @property
     def parts_by_rows(self) -> bool:
         """Whether each consumer has half of a tile's rows and all columns, or all 64 rows and half of the columns."""
         return self.block_m == 128
 
     @property
+    def part_n(self) -> int:
+        """Weight rows of a tile that one consumer multiplies with."""
+        return self.block_n if self.parts_by_rows else self.block_n // 2
+
+    @property
+    def product_n(self) -> int:
+        """Weight rows of one product: those that share a scale, or all of a consumer."""
+        return GROUP if self.grouped else self.part_n
+
+    @property
     def products(self) -> int:
-        """Of a consumer and step, 128 columns each."""
-        return self.halves if self.parts_by_rows else 1
+        """Of a consumer and step."""
+        return self.part_n // self.product_n
+
+    @property
+    def halves(self) -> int:
+        """Blocks of product_n weight rows of a tile."""
+        return self.block_n // self.product_n
 
     @property
     def takes_turns(self) -> bool:
         """Whether the consumers issue their products in turn (cooperative_kernel._product)."""
-        return self.gathers and self.parts_by_rows
+        return self.grouped and self.gathers and self.parts_by_rows
 
     @property
     def splits(self) -> bool:
-        """Whether one product has gate and up columns, which are scaled apart."""
+        """Whether one product has gate and up columns."""
         return self.gated and self.products == 1
 
     @property
     def has_high(self) -> bool:
-        """Whether a consumer has two sums, of gate and up columns or of two products, and not `low` alone."""
-        return self.gated or self.products == 2
+        """Whether a consumer has two sums, of gate and up columns or of neighbours, and not `low` alone."""
+        return self.gated or self.part_n == 2 * GROUP
 
     @property
     def width(self) -> int:
-        """Columns of the result that share a scale in a consumer's registers."""
-        return GROUP // 2 if self.splits else GROUP
+        """Columns of the result that a product makes."""
+        return self.product_n // 2 if self.splits else self.product_n
 
     @property
     def shares_groups(self) -> bool:
         """Whether a group of `hidden` is half one consumer's and half the other's."""
-        return self.splits and not self.parts_by_rows
+        return self.grouped and self.splits and not self.parts_by_rows
 
     @property
     def weight_box(self) -> list[int]:
         """What one load brings of the weights [E, sides, rows / sides, depth]."""
-        return [1, 2, GROUP // 2, GROUP] if self.splits else [1, 1, GROUP, GROUP]
+        return [1, 2, self.width, self.step] if self.splits else [1, 1, self.product_n, self.step]
 
 
 def cooperative_memory(tile: "TileConfig", gemm: "Gemm") -> int:
     """Bytes of shared memory: ring, barriers, each consumer's result on its way to 16-byte stores, shared maxima."""
-    ring = tile.num_stages * (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * GROUP
+    ring = tile.num_stages * (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * _STEP_BYTES
     barriers = 8 * tile.num_stages  # twice
     aligned = -(-barriers // 16) * 16
-    quantised = gemm.op == "gemm1" and tile.BLOCK_SIZE_N == 2 * GROUP
-    splits = gemm.gated and (tile.BLOCK_SIZE_N == GROUP or tile.BLOCK_SIZE_M == 64)
-    results = 2 * 64 * (GROUP // 2 if splits else GROUP) * (1 if quantised else 2)
+    quantised = gemm.group_k > 0 and gemm.op == "gemm1" and tile.BLOCK_SIZE_N == 2 * GROUP
+    part_n = tile.BLOCK_SIZE_N if tile.BLOCK_SIZE_M == 128 else tile.BLOCK_SIZE_N // 2
+    splits = gemm.gated and part_n <= GROUP
+    results = 2 * 64 * min(GROUP, part_n // 2 if gemm.gated else part_n) * (1 if quantised else 2)
     if splits and quantised:
         return ring + 2 * aligned + 8 + results + 4 * 64 * 4 + 8
     return ring + aligned + barriers + results + 8
@@ -126,21 +151,25 @@ def why_illegal_cooperative(tile: "TileConfig", gemm: "Gemm", device: "DeviceFac
     """What `why_illegal` adds for this family."""
     if not device.has_wgmma:
         return f"family=cooperative needs compute capability 9.0, not {device.backend} {device.arch}"
-    if (gemm.a_bits, gemm.w_bits, gemm.group_n, gemm.group_k) != (8, 8, GROUP, GROUP):
+    if (gemm.a_bits, gemm.w_bits) not in ((8, 8), (16, 16)):
         return (
-            f"family=cooperative is for 8-bit weights and activations with scales of {GROUP}x{GROUP}, "
-            f"not {gemm.w_bits} and {gemm.a_bits} bits with scales of {gemm.group_n}x{gemm.group_k}"
+            f"family=cooperative is for weights and activations of 8 bits or of 16, not {gemm.w_bits} and {gemm.a_bits}"
         )
+    if gemm.group_k and (gemm.group_n, gemm.group_k) != (GROUP, GROUP):
+        return f"family=cooperative knows block scales of {GROUP}x{GROUP}, not {gemm.group_n}x{gemm.group_k}"
     if gemm.interleaved:
         return "family=cooperative has no interleaved gate and up rows"
-    if gemm.gated and gemm.rows // 2 % GROUP:
+    if gemm.gated and gemm.group_k and gemm.rows // 2 % GROUP:
         return f"gate and up rows share weight scales of {GROUP} rows"
-    if gemm.depth % 16:
-        return f"rows of {gemm.depth} bytes are not the multiple of 16 that TMA needs"
+    row_bytes = gemm.depth * gemm.a_bits // 8
+    if row_bytes % 16:
+        return f"rows of {row_bytes} bytes are not the multiple of 16 that TMA needs"
     if tile.SWAP_AB:
         return "SWAP_AB is not for family=cooperative"
-    columns = (128, 256) if tile.BLOCK_SIZE_M == 128 else (256,)  # a consumer's products have 128
-    allowed = {"BLOCK_SIZE_M": (64, 128), "BLOCK_SIZE_N": columns, "BLOCK_SIZE_K": (GROUP,), "num_warps": (8,)}
+    # With block scales a consumer's products have 128 columns.
+    columns = (256,) if gemm.group_k and tile.BLOCK_SIZE_M == 64 else (128, 256)
+    step = 8 * _STEP_BYTES // gemm.a_bits
+    allowed = {"BLOCK_SIZE_M": (64, 128), "BLOCK_SIZE_N": columns, "BLOCK_SIZE_K": (step,), "num_warps": (8,)}
     for key, values in allowed.items():
         if getattr(tile, key) not in values:
             shown = " or ".join(str(value) for value in values)

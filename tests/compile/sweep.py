@@ -52,6 +52,14 @@ TILED = ("fp8_w8a8:channel", "fp8_w8a8:128x128", "int8_w8a8:channel", "int4_w4a1
 _BROAD = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="cooperative")
 _SLIM = replace(_BROAD, BLOCK_SIZE_N=128, num_stages=6)
 _LOW = replace(_BROAD, BLOCK_SIZE_M=64)
+_SLIM_LOW = replace(_LOW, BLOCK_SIZE_N=128, num_stages=6)
+
+
+def _deep(tile: TileConfig) -> TileConfig:
+    """The same for 16-bit values: a step takes 128 bytes of a row."""
+    return replace(tile, BLOCK_SIZE_K=64)
+
+
 COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
     "cooperative": ({"quant": ("fp8_w8a8:128x128",)}, LayerTiles(_BROAD, _BROAD)),
     "cooperative, narrow, tails": (
@@ -63,9 +71,22 @@ COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
         LayerTiles(_BROAD, _BROAD),
     ),
     "cooperative, 64 rows": ({"quant": ("fp8_w8a8:128x128",)}, LayerTiles(replace(_LOW, num_stages=5), _LOW)),
+    "cooperative, channel": ({"quant": ("fp8_w8a8:channel",)}, LayerTiles(_BROAD, _BROAD)),
+    "cooperative, int8 tensor, narrow, un-gated": (
+        {"quant": ("int8_w8a8:tensor",), "activation": "relu2_no_mul", "bias": True},
+        LayerTiles(_SLIM, _SLIM),
+    ),
+    "cooperative, 16 bits": ({}, LayerTiles(_deep(_BROAD), _deep(_BROAD))),
+    "cooperative, 16 bits, narrow, tails": (
+        {"dtypes": ("float16",), "hidden_size": 712, "intermediate_size": 88, "bias": True},
+        LayerTiles(_deep(_SLIM), _deep(_SLIM)),
+    ),
+    "cooperative, 16 bits, 64 rows": ({}, LayerTiles(_deep(replace(_LOW, num_stages=5)), _deep(_LOW))),
+    "cooperative, 16 bits, 64 narrow rows": ({}, LayerTiles(_deep(_SLIM_LOW), _deep(_SLIM_LOW))),
 }
 COOPERATIVE_KERNELS = ("gemm1_cooperative", "gemm2_cooperative")
-RECORD_TOKENS = 300  # within half an octave of the only bucket of those records; fewer take the heuristic
+RECORD_TOKENS = 300  # the only bucket of those records
+LEAST_RECORD_TOKENS = 213  # within half an octave of it; fewer take the heuristic
 
 
 def cases(target: str) -> dict[str, tuple[dict[str, Any], int]]:
@@ -91,7 +112,11 @@ def by_record(folder: Path, target: str) -> list[dict[str, Any]]:
         imported = import_package(package)
         write_record(imported, package / "configs", target_facts(target), {RECORD_TOKENS: tiles})
         compiled = _compile_target((str(package), target, RECORD_TOKENS))
-        own = [item for item in compiled if item.kernel in COOPERATIVE_KERNELS or item.error is not None]
+        own = [
+            item
+            for item in compiled
+            if (item.kernel in COOPERATIVE_KERNELS and item.tokens >= LEAST_RECORD_TOKENS) or item.error is not None
+        ]
         figures = [shared_memory(getattr(tiles, op), imported.LAYERS[0].gemm(op)) for op in ("gemm1", "gemm2")]
         records += [
             {"case": case, "triton": triton.__version__, "figure": figure, **asdict(item)}

@@ -39,10 +39,22 @@ PAIRS = [
     LayerTiles(SHORT, SHORT),
 ]
 MAIN = range(3)
+SLIM = replace(LOW, BLOCK_SIZE_N=128, num_stages=6)  # without block scales
 FP8, UE8M0, INT8 = "fp8_w8a8:128x128", "fp8_w8a8:128x128ue8m0", "int8_w8a8:128x128"
+NO_GROUPS = ("none", "fp8_w8a8:channel", "fp8_w8a8:tensor_token", "int8_w8a8:channel", "int8_w8a8:tensor")
 SIZES: dict[str, Any] = {"num_experts": 16, "top_k": 4, "hidden_size": 720, "intermediate_size": 384, "quant": (FP8,)}
 # Gate and up rows apart, and gated or not.
 PLAIN_ROWS = sorted(name for name, row in ACTIVATIONS.items() if not row.interleaved)
+
+
+def pairs_of(quant: str, gated: bool = True) -> list[LayerTiles]:
+    """PAIRS as a scheme without K groups takes them: results are not quantised, 16-bit values come 64 a step."""
+    if quant in (FP8, UE8M0, INT8):
+        return PAIRS
+    low = replace(LOW, num_stages=5 if gated else 4)
+    pairs = [PAIRS[0], PAIRS[1], LayerTiles(low, LOW), PAIRS[3], PAIRS[4], LayerTiles(SLIM, SLIM)]
+    deep = 64 if quant == "none" else 128
+    return [LayerTiles(*(replace(tile, BLOCK_SIZE_K=deep) for tile in (one.gemm1, one.gemm2))) for one in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +70,38 @@ def test_schemes_and_tiles(make: Build, quant: str, pair: int, tokens: int) -> N
     package = make(quant=(quant,))
     options = {"padding": 0.2, "padded_rows": 64} if pair == 1 else {}
     check(package, make_inputs(package.LAYERS[0], tokens, pair, "cuda", **options), PAIRS[pair])
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 517, 3000])
+@pytest.mark.parametrize("pair", range(6))
+@pytest.mark.parametrize("quant", NO_GROUPS)
+def test_schemes_without_k_groups(make: Build, quant: str, pair: int, tokens: int) -> None:
+    package = make(quant=(quant,), intermediate_size=336)
+    options = {"padding": 0.2, "padded_rows": 64} if pair == 1 else {}
+    check(package, make_inputs(package.LAYERS[0], tokens, pair, "cuda", **options), pairs_of(quant)[pair])
+
+
+@pytest.mark.parametrize("quant", NO_GROUPS[:2])
+def test_forms_without_k_groups(make: Build, quant: str) -> None:
+    """Biases, un-gated rows that no tile divides, short reductions, float16, tokens with gaps between them."""
+    pairs = pairs_of(quant)
+    fields: list[dict[str, Any]] = [
+        {"bias": True, "dtypes": ("float16",)},
+        {"bias": True, "hidden_size": 16, "intermediate_size": 48},
+        {"parallel": (Parallel(ep=4),)},
+    ]
+    for one in fields:
+        package = make(quant=(quant,), **one)
+        arguments = make_inputs(package.LAYERS[0], 300, 3, "cuda", padding=0.2, mapped="parallel" in one)
+        for pair in (pairs[0], pairs[2], pairs[5]):
+            check(package, arguments, pair)
+    package = make(quant=(quant,), activation="relu2_no_mul", bias=True, intermediate_size=400)
+    arguments = make_inputs(package.LAYERS[0], 300, 3, "cuda", padding=0.2)
+    for pair in pairs_of(quant, gated=False):
+        dense = check(package, arguments, pair)
+        wide = torch.randn(300, 2 * 720, device="cuda").to(arguments["hidden_states"].dtype)
+        wide[:, :720] = arguments["hidden_states"]
+        assert torch.equal(run(package, {**arguments, "hidden_states": wide[:, :720]}, pair), dense)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -89,10 +133,11 @@ def test_short_and_odd_reductions(make: Build, hidden_size: int) -> None:
         check(package, make_inputs(package.LAYERS[0], 700, 3, "cuda"), pair)
 
 
+@pytest.mark.parametrize("quant", [FP8, "none"])
 @pytest.mark.parametrize("options", [{"hot_expert": 3}, {"empty_experts": tuple(range(10))}, {"padding": 0.9}])
-def test_uneven_routing(make: Build, options: dict[str, Any]) -> None:
-    package = make()
-    for pair in PAIRS[:3]:
+def test_uneven_routing(make: Build, options: dict[str, Any], quant: str) -> None:
+    package = make(quant=(quant,))
+    for pair in pairs_of(quant)[:3]:
         check(package, make_inputs(package.LAYERS[0], 700, 4, "cuda", **options), pair)
         assert not run(package, make_inputs(package.LAYERS[0], 100, 4, "cuda", padding=1.0), pair).any()
 
@@ -103,10 +148,11 @@ def test_expert_map(make: Build, pair: int) -> None:
     check(package, make_inputs(package.LAYERS[0], 400, 5, "cuda", mapped=True, padding=0.1), PAIRS[pair])
 
 
+@pytest.mark.parametrize("quant", [FP8, "fp8_w8a8:channel", "none"])
 @pytest.mark.parametrize("pair", MAIN)
-def test_weight_on_input(make: Build, pair: int) -> None:
-    package = make(top_k=1, bias=True)
-    check(package, make_inputs(package.LAYERS[0], 300, 6, "cuda"), PAIRS[pair], on_input=True)
+def test_weight_on_input(make: Build, pair: int, quant: str) -> None:
+    package = make(top_k=1, bias=True, quant=(quant,))
+    check(package, make_inputs(package.LAYERS[0], 300, 6, "cuda"), pairs_of(quant)[pair], on_input=True)
 
 
 @pytest.mark.parametrize("quant", [FP8, UE8M0, INT8])
@@ -118,22 +164,24 @@ def test_gemm1_quantises_to_the_bits_of_the_quantiser(make: Build, quant: str) -
     assert all(torch.equal(run(package, arguments, pair), first) for pair in PAIRS[1:])
 
 
-def test_a_thousand_runs_give_one_result(make: Build) -> None:
-    package = make(hidden_size=2048, intermediate_size=768)
+@pytest.mark.parametrize("quant", [FP8, "none"])
+def test_a_thousand_runs_give_one_result(make: Build, quant: str) -> None:
+    package = make(hidden_size=2048, intermediate_size=768, quant=(quant,))
     arguments = make_inputs(package.LAYERS[0], 1200, 8, "cuda")
-    for pair in PAIRS[:3]:
+    for pair in pairs_of(quant)[:3]:
         first = run(package, arguments, pair)
         for _ in range(1000):
             assert torch.equal(first, run(package, arguments, pair))
 
 
-def test_offsets_beyond_32_bits(make: Build) -> None:
+@pytest.mark.parametrize("quant", [FP8, "none"])
+def test_offsets_beyond_32_bits(make: Build, quant: str) -> None:
     """100 000 tokens x 6 slots x 4096 values exceed 2^31; against the portable family, which has a test of its own."""
-    package = make(num_experts=8, top_k=6, hidden_size=4096, intermediate_size=1024)
+    package = make(num_experts=8, top_k=6, hidden_size=4096, intermediate_size=1024, quant=(quant,))
     arguments = make_inputs(package.LAYERS[0], 100_000, 9, "cuda")
-    portable = TileConfig(64, 128, 128, 8)
+    portable = TileConfig(64, 128, 64, 8)
     by_portable = run(package, arguments, LayerTiles(portable, portable))
-    for pair in (PAIRS[0], PAIRS[2]):
+    for pair in (pairs_of(quant)[0], pairs_of(quant)[2]):
         assert relative_error(run(package, arguments, pair), by_portable) < ROUNDED_TWICE
 
 

@@ -25,7 +25,8 @@ class Descriptor:
 
     def __init__(self, host: Any) -> None:
         self.host, self.dtype = host, host.base.dtype
-        self.block_type = SimpleNamespace(nbytes=torch.Size(host.block_shape).numel(), shape=list(host.block_shape))
+        size = torch.Size(host.block_shape).numel() * self.dtype.itemsize
+        self.block_type = SimpleNamespace(nbytes=size, shape=list(host.block_shape))
 
 
 class Tile:
@@ -50,7 +51,7 @@ class Ring:
     def __init__(self, stages: int, halves: int, steps: list[dict[Any, torch.Tensor]] | None) -> None:
         self.stages, self.halves, self.produces = stages, halves, steps is None
         self.steps: list[dict[Any, torch.Tensor]] = [] if steps is None else steps
-        self.at = self.announced = 0
+        self.at = self.announced = self.released = 0
         self.promised: list[int] = []
 
     @property
@@ -68,7 +69,7 @@ class Ring:
     def write(self, buffer: tuple[str, int], values: torch.Tensor, promised: bool) -> None:
         assert buffer not in self.steps[-1]
         self.steps[-1][buffer] = values
-        self.promised[-1] -= values.numel() if promised else 0
+        self.promised[-1] -= values.nbytes if promised else 0
 
     def _buffer(self, name: str, index: Any) -> Any:
         stage, half = (int(index), 0) if name == "a" else divmod(int(index), self.halves)
@@ -94,13 +95,15 @@ class Ring:
         if self.produces and bool(pred):
             assert barrier == ("ready", self.announced % self.stages)
             self.announced += 1
-        elif not self.produces:
-            assert barrier == ("empty", self.at % self.stages)
-            self.at += 1
+        elif not self.produces and bool(pred):
+            # A stage may be released while the product of the next one is under way, and in order.
+            assert barrier == ("empty", self.released % self.stages)
+            assert self.released <= self.at
+            self.released += 1
 
     def next_stage(self, stage: Any, phase: Any, stages: int) -> tuple[Any, Any]:
-        """stream_parts.next_stage; of the producer, the end of a step."""
-        self.at += self.produces
+        """stream_parts.next_stage: the end of a step."""
+        self.at += 1
         return (stage + 1, phase) if stage + 1 < stages else (0, phase ^ 1)
 
 
@@ -131,8 +134,9 @@ def _tile_order(tile: int, num_m: int, num_n: int, group: int) -> tuple[int, int
     return first + tile % (group * num_n) % size, tile % (group * num_n) // size
 
 
-def _multiply(a: Tile, w: Tile, nothing: torch.Tensor, **_: object) -> torch.Tensor:
-    return (a.values.double() @ w.values.double()).to(nothing.dtype).as_subclass(Values)
+def _multiply(a: Tile, w: Tile, sums: torch.Tensor, *, use_acc: bool, **_: object) -> torch.Tensor:
+    product = a.values.double() @ w.values.double()
+    return (sums.double() + product if use_acc else product).to(sums.dtype).as_subclass(Values)
 
 
 def _partition(program: int, ring: Ring) -> Any:
@@ -196,4 +200,4 @@ class PythonKernel:
                     lambda consume, part, own, rest: consume(part, routing, *rest, own, self._activation, dtype, S),
                     consumers, range(2), [own.parts(w.dtype) for own in taken], repeat(rest),
                 ))  # fmt: skip
-            assert [own.at for own in taken] == [len(ring.steps)] * 2
+            assert [(own.at, own.released) for own in taken] == [(len(ring.steps),) * 2] * 2
