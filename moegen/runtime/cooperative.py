@@ -41,6 +41,7 @@ def cooperative_sizes(layer: "Layer", op: str, weighted: bool, tile: TileConfig)
         gated=gemm.gated,
         weighted=weighted,
         value_bytes=gemm.a_bits // 8,
+        integer=layer.scheme.row.activation == "int8",
         grouped=gemm.group_k > 0,
         token_scales=layer.scheme.kind in ("channel", "tensor_token"),
         row_scales=layer.scheme.kind == "channel",

@@ -169,26 +169,32 @@ def _multiply(ring, place, nothing, part: gl.constexpr, S: gl.constexpr):
     stage, phase = place
     SHAPE: gl.constexpr = (S.product_n, S.step)
     FIRST_HALF: gl.constexpr = 0 if S.parts_by_rows else part
-    sums = nothing
-    behind = stage
+    low = nothing
+    high = nothing
+    behind = 0  # a value of its own: with that of `stage`, Triton would take it for one that the loop does not change
     for k in range(S.steps):
         mbarrier.wait(ready.index(stage), phase)
         a_tile = a_bufs.index(stage)
         if S.parts_by_rows:
             a_tile = a_tile.slice(part * EACH, EACH, 0)
         w_tile = w_bufs.index(stage * S.halves + FIRST_HALF).reshape(SHAPE).permute((1, 0))
-        product = warpgroup_mma(a_tile, w_tile, sums, use_acc=True, is_async=True)
-        sums = warpgroup_mma_wait(1, deps=(product,))
-        mbarrier.arrive(empty.index(behind), count=1, pred=k > 0)  # of the product before
+        product = warpgroup_mma(a_tile, w_tile, low, use_acc=True, is_async=True)
+        if S.products == 2:
+            w_tile = w_bufs.index(stage * S.halves + 1).reshape(SHAPE).permute((1, 0))
+            second = warpgroup_mma(a_tile, w_tile, high, use_acc=True, is_async=True)
+            low, high = warpgroup_mma_wait(2, deps=(product, second))
+        else:
+            low = warpgroup_mma_wait(1, deps=(product,))
+        mbarrier.arrive(empty.index(behind), count=1, pred=k > 0)  # of the step before
         behind = stage
         stage, phase = next_stage(stage, phase, S.stages)
-    sums = warpgroup_mma_wait(0, deps=(sums,))
+    low, high = warpgroup_mma_wait(0, deps=(low, high))
     mbarrier.arrive(empty.index(behind), count=1)
-    if S.has_high:
-        low, high = _columns(sums.to(gl.float32))
-    else:
-        low = sums.to(gl.float32)
-        high = low
+    low = low.to(gl.float32)
+    if S.products == 2:
+        high = high.to(gl.float32)
+    elif S.has_high:
+        low, high = _columns(low)
     return low, high, (stage, phase)
 
 

@@ -22,6 +22,7 @@ class CooperativeSizes:
     gated         gate and up rows, one half of the weights each
     weighted      whether results are multiplied by the router's weights
     value_bytes   of a value of the operands: 1 or 2
+    integer       int8 values
     grouped       block scales of 128x128. The other forms scale the sums, or nothing
     token_scales  of those forms: one scale a row of activations, not one for all
     row_scales    one scale a weight row, not one an expert
@@ -37,6 +38,7 @@ class CooperativeSizes:
     gated: bool
     weighted: bool
     value_bytes: int
+    integer: bool
     grouped: bool
     token_scales: bool
     row_scales: bool
@@ -89,8 +91,11 @@ class CooperativeSizes:
 
     @property
     def product_n(self) -> int:
-        """Weight rows of one product: those that share a scale, or all of a consumer."""
-        return GROUP if self.grouped else self.part_n
+        """Weight rows of one product: those that share a scale, or all of a consumer.
+
+        Of int8 values at most 128: Triton 3.6 has no integer product of 256.
+        """
+        return min(self.part_n, GROUP) if self.grouped or self.integer else self.part_n
 
     @property
     def products(self) -> int:

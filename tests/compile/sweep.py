@@ -76,6 +76,7 @@ COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
         {"quant": ("int8_w8a8:tensor",), "activation": "relu2_no_mul", "bias": True},
         LayerTiles(_SLIM, _SLIM),
     ),
+    "cooperative, int8 channel": ({"quant": ("int8_w8a8:channel",)}, LayerTiles(_BROAD, _BROAD)),
     "cooperative, 16 bits": ({}, LayerTiles(_deep(_BROAD), _deep(_BROAD))),
     "cooperative, 16 bits, narrow, tails": (
         {"dtypes": ("float16",), "hidden_size": 712, "intermediate_size": 88, "bias": True},

@@ -163,7 +163,7 @@ def _partition(program: int, ring: Ring) -> Any:
         tma=SimpleNamespace(async_copy_global_to_shared=load),
         fence_async_shared=nothing,
         warpgroup_mma=_multiply,
-        warpgroup_mma_wait=lambda _, deps: deps[0],
+        warpgroup_mma_wait=lambda _, deps: deps if len(deps) > 1 else deps[0],
     )(cooperative_kernel)
 
 

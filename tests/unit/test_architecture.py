@@ -81,6 +81,31 @@ def test_imported_units() -> None:
     assert imported_units(source) == {"__init__", "spec", "plan", "bench"}
 
 
+def hidden_assignments(source: str) -> list[str]:
+    """`a = b` before a loop and again in it: Triton, which visits the body once to see what changes, misses `a`."""
+    found = []
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        assignments = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
+        of_names = [node for node in assignments if {type(node.value), type(node.targets[0])} == {ast.Name}]
+        copies = [(ast.unparse(node), node.lineno) for node in of_names]
+        for loop in (node for node in ast.walk(function) if isinstance(node, ast.For | ast.While)):
+            before = {text for text, line in copies if line < loop.lineno}
+            inside = {text for text, line in copies if loop.lineno <= line <= (loop.end_lineno or 0)}
+            found += [f"{function.name}: {text}" for text in sorted(before & inside)]
+    return found
+
+
+def test_hidden_assignments() -> None:
+    source = "def f(n):\n    {} = stage\n    for k in range(n):\n        use(behind)\n        behind = stage\n"
+    assert hidden_assignments(source.format("behind")) == ["f: behind = stage"]
+    assert hidden_assignments(source.format("other")) == []
+
+
+@pytest.mark.parametrize("file", sorted((MOEGEN / "runtime").glob("*.py")), ids=lambda file: file.name)
+def test_triton_sees_every_assignment_of_a_loop(file: Path) -> None:
+    assert hidden_assignments(file.read_text()) == []
+
+
 def test_files_stay_small() -> None:
     files = [file for folder in (MOEGEN, TEMPLATES) for file in folder.rglob("*") if file.suffix in (".py", ".jinja")]
     lines = {file.relative_to(ROOT).as_posix(): file.read_text().count("\n") for file in files}
