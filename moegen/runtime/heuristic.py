@@ -57,9 +57,11 @@ def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -
     return LayerTiles(tile, tile)
 
 
-def _cooperative_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:  # noqa: ARG001
-    wide = TileConfig(block_m, 256, 128, 16, PDL=True, num_warps=8, num_stages=4, family="cooperative")
-    return LayerTiles(replace(wide, GROUP_SIZE_M=4) if block_m == 128 else replace(wide, num_stages=5), wide)
+def _cooperative_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:
+    deep = 128 * 8 // gemm1.a_bits  # 128 bytes
+    wide = TileConfig(block_m, 256, deep, 16, num_warps=8, num_stages=4, family="cooperative")
+    first = replace(wide, GROUP_SIZE_M=4) if block_m == 128 else replace(wide, num_stages=5)
+    return LayerTiles(_fitted(first, gemm1, device), _fitted(wide, gemm2, device))
 
 
 _FAMILY_TILES = {"stream": _stream_tiles, "cooperative": _cooperative_tiles}

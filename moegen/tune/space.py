@@ -165,7 +165,8 @@ def layer_space(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_
     """The space of one layer for `tokens` tokens; low_latency: whether calls take the low-latency assignment."""
     default = default_tiles(gemm1, gemm2, tokens, device, low_latency)
     starts = _portable_starts(gemm1, gemm2, tokens, device, low_latency)
-    if mean_slots(gemm1, tokens) >= COOPERATIVE_SLOTS:
+    # Without block scales this family has not been timed yet (docs/performance.md).
+    if gemm1.group_k and mean_slots(gemm1, tokens) >= COOPERATIVE_SLOTS:
         found = (family_tiles("cooperative", gemm1, gemm2, m, device) for m in AXES["cooperative"]["BLOCK_SIZE_M"])
         starts |= {kind_of(pair): pair for pair in found if pair}
     one = family_tiles("stream", gemm1, gemm2, 1, device) if tokens == 1 else None

@@ -15,14 +15,18 @@ SECOND = replace(FIRST, op="gemm2", rows=2048, depth=768, gated=False)
 WIDE = TileConfig(128, 256, 128, 4, num_warps=8, num_stages=4, family="cooperative")
 NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=6)
 LOW = replace(WIDE, BLOCK_SIZE_M=64)
-OTHER_SCALES = (
-    "family=cooperative is for 8-bit weights and activations with scales of 128x128, not {} with scales of {}"
-)
+PLAIN = replace(FIRST, group_k=0, group_n=0)
+DEEP = replace(WIDE, BLOCK_SIZE_K=64)
+SIXTEEN = replace(PLAIN, a_bits=16, w_bits=16)
+OTHER_BITS = "family=cooperative is for weights and activations of 8 bits or of 16, not"
 
 ILLEGAL: list[tuple[TileConfig, Gemm, str]] = [
-    (WIDE, replace(FIRST, a_bits=16), OTHER_SCALES.format("8 and 16 bits", "128x128")),
-    (WIDE, replace(FIRST, group_k=0, group_n=0), OTHER_SCALES.format("8 and 8 bits", "0x0")),
-    (WIDE, replace(FIRST, group_n=64), OTHER_SCALES.format("8 and 8 bits", "64x128")),
+    (WIDE, replace(FIRST, a_bits=16), f"{OTHER_BITS} 8 and 16"),
+    (WIDE, replace(SIXTEEN, a_bits=32, w_bits=32), f"{OTHER_BITS} 32 and 32"),
+    (WIDE, replace(FIRST, group_n=64), "family=cooperative knows block scales of 128x128, not 64x128"),
+    (WIDE, SIXTEEN, "BLOCK_SIZE_K=128 is not the 64 of family=cooperative"),
+    (DEEP, PLAIN, "BLOCK_SIZE_K=64 is not the 128 of family=cooperative"),
+    (DEEP, replace(SIXTEEN, depth=2044), "rows of 4088 bytes are not the multiple of 16 that TMA needs"),
     (WIDE, replace(FIRST, interleaved=True), "family=cooperative has no interleaved gate and up rows"),
     (WIDE, replace(FIRST, rows=2 * 192), "gate and up rows share weight scales of 128 rows"),
     (WIDE, replace(FIRST, depth=2040), "rows of 2040 bytes are not the multiple of 16 that TMA needs"),
@@ -55,6 +59,13 @@ def test_no_other_target_runs_it(target: str) -> None:
 )
 def test_legal(tile: TileConfig, gemm: Gemm) -> None:
     assert why_illegal(tile, gemm, H200) is None
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tile", [WIDE, NARROW, LOW, replace(LOW, BLOCK_SIZE_N=128)])
+def test_legal_without_block_scales(tile: TileConfig, gated: bool) -> None:
+    assert why_illegal(tile, replace(PLAIN, gated=gated, rows=400), H200) is None
+    assert why_illegal(replace(tile, BLOCK_SIZE_K=64), replace(SIXTEEN, gated=gated, rows=400, depth=88), H200) is None
 
 
 def test_shared_memory() -> None:

@@ -1,0 +1,65 @@
+"""tools/compare_tiles.py, as far as it needs no GPU: what it would time, and that it compiles."""
+
+from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from moegen.bench.measure import Cell, Result
+from moegen.bench.timing import Timing
+from moegen.device import TARGETS
+
+H200 = TARGETS["cuda:90"]
+SIZES = {"num_experts": 16, "top_k": 4, "hidden_size": 1024, "intermediate_size": 640}
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = spec_from_file_location("compare_tiles", Path(__file__).parents[2] / "tools" / "compare_tiles.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "target", "labels"),
+    [
+        ({}, 1, "cuda:90", ["moegen", "portable", "cooperative 64", "cooperative 128"]),
+        ({}, 2048, "cuda:90", ["moegen", "cooperative 64", "cooperative 128"]),
+        ({"quant": ("fp8_w8a8:128x128",)}, 2048, "cuda:90", ["moegen", "portable", "cooperative 64"]),
+        ({"quant": ("int4_w4a16:g128",)}, 2048, "cuda:90", ["moegen"]),
+        ({"dtypes": ("float32",)}, 2048, "cuda:90", ["moegen"]),
+        ({}, 2048, "cuda:100", ["moegen"]),
+    ],
+)
+def test_what_is_timed(
+    tool: Any, build: Callable[..., ModuleType], fields: dict[str, Any], tokens: int, target: str, labels: list[str]
+) -> None:
+    package = build(**SIZES, **fields)
+    assert list(tool.pairs_of(package.LAYERS[0], tokens, TARGETS[target])) == labels
+
+
+def test_all_of_it_compiles(tool: Any, build: Callable[..., ModuleType]) -> None:
+    folder = Path(str(build(**SIZES).__file__)).parent
+    (request,) = tool.requests_of(f"{folder}=2048", H200)
+    with tool.CompilePool(2) as pool:
+        done = [future.result() for future in tool.compile_ahead(pool, request, H200)]
+    assert [one.failure for one in done if one.failure] == []
+    assert {"gemm1", "gemm2_cooperative"} <= {kernel.kernel for one in done for kernel in one.kernels}
+
+
+def test_a_line_a_cell(tool: Any) -> None:
+    cell = Cell("layer", "bfloat16", 64, "balanced", (
+        Result("moegen", "ok", Timing((10.0,))),
+        Result("cooperative 64", "ok", Timing((8.0,))),
+        Result("portable", "wrong", message="relative error 1"),
+    ))  # fmt: skip
+    assert (
+        tool.shown(cell)
+        == "layer T=64 | portable wrong: relative error 1 | cooperative 64 8.0 x0.800 | moegen 10.0 x1.000"
+    )
