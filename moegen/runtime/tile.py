@@ -6,8 +6,8 @@ from .cooperative_sizes import cooperative_memory, why_illegal_cooperative
 from .device import DeviceFacts
 from .stream_sizes import stream_memory, why_illegal_stream
 
-# "portable" are the templates. The others are for compute capability 9.0, in Gluon: "cooperative" for 8-bit weights and
-# activations with scales of 128x128, "stream" for one token, and weights of 16 bits, or of 8 like the activations.
+# "portable" are the templates. The others are for compute capability 9.0, in Gluon, and for weights of 16 bits, or of 8
+# like the activations: "cooperative" for many tokens, "stream" for one.
 FAMILIES = ("portable", "cooperative", "stream")
 
 
