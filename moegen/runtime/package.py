@@ -108,10 +108,7 @@ class Package:
         check_device(layer.scheme, device)
         compiled = self._compiled_key(layer, call, tiles)
         if compiled not in self._compiled and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{layer.slug}: the kernels for {tokens} tokens are not compiled yet, and compiling would break the "
-                f"capture; call warmup({tokens}) or run the layer once before capturing a CUDA graph"
-            )
+            raise RuntimeError(_not_compiled(layer, call, device))
         run(layer, call, tiles)
         self._compiled.add(compiled)
         self._seen.add(key)
@@ -174,6 +171,30 @@ def _variant(call: Call) -> tuple[object, ...]:
     aligned = [_alignment(t) for t in (call.hidden_states, call.w13.values, call.w2.values, call.out)]
     routing = (call.expert_map is None, call.topk_ids.dtype, call.apply_router_weight_on_input)
     return (*routing, *(w.values.dtype for w in weights), *parts, *aligned)
+
+
+_VARIANT_PARTS = (
+    *("expert_map", "topk_ids", "apply_router_weight_on_input", "w13", "w2"),
+    *(f"{weight}_{part}" for weight in ("w13", "w2") for part in PARTS),
+    *("hidden_states", "w13", "w2", "out"),
+)
+
+
+def _not_compiled(layer: Layer, call: Call, device: DeviceFacts) -> str:
+    """What to do before a capture: warm-up compiles the usual form of the arguments, others have to be run once."""
+    tokens = call.hidden_states.shape[0]
+    usual = _variant(_padding_call(layer, 1, call.expert_map, "meta", device))
+    unusual = [name for name, own, other in zip(_VARIANT_PARTS, _variant(call), usual, strict=True) if own != other]
+    advice = f"call warmup({tokens}) or run the layer once"
+    if unusual:
+        names = ", ".join(dict.fromkeys(unusual))
+        advice = (
+            f"warmup({tokens}) compiles for the usual type and alignment of {names}, so run the layer once with these"
+        )
+    return (
+        f"{layer.slug}: the kernels for {tokens} tokens are not compiled yet, and compiling would break the capture; "
+        f"{advice} before capturing a CUDA graph"
+    )
 
 
 def _alignment(tensor: torch.Tensor) -> tuple[bool, ...]:

@@ -13,12 +13,14 @@
 
 `scope` names everything that a time depends on besides layer, tokens and tile configs: nothing measured under another
 scope is ever read. A study `<scope>/<layer>/<tokens>` holds one finished trial a measurement, written in one piece, so
-kill -9 loses at most the one in flight. Two processes may write to one journal.
+kill -9 loses at most the one in flight. Two processes may write to one journal. A database takes as long for a trial as
+a GPU for a measurement, so it is written to while the next one is measured, and a kill costs both.
 """
 
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,8 @@ class Journal:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.storage = _open(storage)
         self.scope = scope
+        self._writer = None if isinstance(self.storage, JournalStorage) else ThreadPoolExecutor(1, "journal")
+        self._writing: Future[None] | None = None
 
     def measurer(self, layer: str, measurer: Measurer, beat: Callable[[], None] = lambda: None) -> Measurer:
         """`measurer`, asked only for what the journal does not know; beat is called at each new measurement."""
@@ -67,8 +71,23 @@ class Journal:
         """The queue of that name: workers with the same scope and name share their buckets."""
         return Queue(self._study(f"{self.scope}/queue/{name}"), self.storage)
 
+    def append(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Write a finished trial; into a database, begin to, once the one before is there."""
+        self.flush()
+        if self._writer is None:
+            study.add_trial(trial)
+        else:
+            self._writing = self._writer.submit(study.add_trial, trial)
+
+    def flush(self) -> None:
+        """Wait until all of it is written. Raises what writing raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
     def measurements(self, layer: str, tokens: int) -> Iterator[tuple[LayerTiles, Measurement]]:
         """What was measured for one bucket, oldest first, without the comparisons of finalists."""
+        self.flush()
         for trial in self.study(layer, tokens).get_trials(deepcopy=False):
             if COMPARED not in trial.user_attrs and trial.state.is_finished():
                 yield _tiles(trial), _measurement(trial.user_attrs)
@@ -106,7 +125,7 @@ class _Remembering:
         if tiles not in known:
             self._beat()
             found = self._measurer.measure(tokens, tiles, best_us)
-            study.add_trial(_trial(tiles, found, _attributes(found)))
+            self._journal.append(study, _trial(tiles, found, _attributes(found)))
             known[tiles] = found
         return known[tiles]
 
@@ -122,7 +141,8 @@ class _Remembering:
         found = self._measurer.compare(tokens, finalists)
         attributes = {COMPARED: {"finalists": asked, "found": [asdict(one) for one in found]}}
         fastest = min(range(len(found)), key=lambda index: (found[index].us is None, found[index].us))
-        study.add_trial(_trial(finalists[fastest], found[fastest], attributes))
+        self._journal.append(study, _trial(finalists[fastest], found[fastest], attributes))
+        self._journal.flush()
         return found
 
     def _bucket(self, tokens: int) -> tuple[dict[LayerTiles, Measurement], optuna.Study]:

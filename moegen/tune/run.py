@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -145,7 +146,9 @@ def main(args: argparse.Namespace, package: Path) -> int:
     except WorkersFailedError as error:
         return error.code  # each has said why
     except KeyboardInterrupt:
-        return _fail(f"interrupted; what was measured is in {storage}, the same command goes on", EXIT_INTERRUPTED)
+        return _fail(
+            f"interrupted; what was measured is in {_shown(storage)}, the same command goes on", EXIT_INTERRUPTED
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -193,7 +196,7 @@ def _tune(args: argparse.Namespace, package: Path, storage: str, gpu: int | None
                 deadline=None if args.time_limit is None else began + args.time_limit,
                 progress=progress,
             )
-            for line in plan_lines(tasks, source, session, storage):
+            for line in plan_lines(tasks, source, session, _shown(storage)):
                 progress.say(line)
             session.run()
         found = document(str(package), tasks, source, session, time.monotonic() - began)
@@ -279,10 +282,18 @@ def _journal(
     try:
         journal = Journal(storage, scope)
     except Exception as error:  # whatever Optuna and a database driver raise
-        raise FileError(f"--storage {storage}: {type(error).__name__}: {error}") from error
+        text = f"--storage {_shown(storage)}: {type(error).__name__}: {error}"
+        if isinstance(error, ImportError) and storage.startswith("postgresql:"):
+            text += " pip install 'moegen[postgresql]' brings it."
+        raise FileError(text) from error
     for name in (*(task.key for task in tasks), "queue") if args.fresh else ():
         journal.forget(name)
     return journal
+
+
+def _shown(storage: str) -> str:
+    """The storage without the password of a URL."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", storage)
 
 
 # -------------------------------------------------------------------------------------------------------- several GPUs

@@ -168,6 +168,8 @@ class Session:
             self.outcomes[key, tokens] = Outcome(key, tokens, reason=str(error))
             self._progress.finished()
             return
+        finally:
+            self._journal.flush()
         self._keep(task, tokens, found, complete=not stopped)
         if stopped:
             raise Unfinished

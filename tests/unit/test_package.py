@@ -69,6 +69,27 @@ def test_forms_that_compile_other_kernels(
     assert variant(call_of(package, other)) != variant(call_of(package, arguments))
 
 
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({}, "; call warmup(3) or run the layer once before capturing a CUDA graph"),
+        (
+            {"topk_ids": torch.zeros(3, 2, dtype=torch.int64), "w13_input_scale": torch.ones(1)},
+            "; warmup(3) compiles for the usual type and alignment of topk_ids, w13_input_scale, so run the layer once "
+            "with it before capturing a CUDA graph",
+        ),
+    ],
+)
+def test_a_capture_of_cold_kernels_is_told_what_to_do(
+    change: dict[str, torch.Tensor], advice: str, build: Callable[..., ModuleType]
+) -> None:
+    package = build(quant=("fp8_w8a8:tensor",))
+    call = call_of(package, make_inputs(package.LAYERS[0], 3) | change)
+    told = package.runtime.package._not_compiled(package.LAYERS[0], call, H200)
+    assert told.startswith(f"{package.LAYERS[0].slug}: the kernels for 3 tokens are not compiled yet, and compiling ")
+    assert told.endswith(advice)
+
+
 def test_what_depends_on_the_tokens_selects_no_kernel(build: Callable[..., ModuleType]) -> None:
     """Parts of one buffer and slices of the router's output lie at any multiple of 4 bytes."""
     package = build()

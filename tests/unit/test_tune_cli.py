@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -515,6 +516,7 @@ def test_a_broken_record_is_found_before_the_work(tune: Any, package: Path) -> N
         (("--warm", "absent.json"), "absent.json"),
         (("--routing", "absent.npy"), "absent.npy"),
         (("--storage", "nonsense://host/db"), "--storage nonsense://host/db"),
+        (("--storage", "nonsense://me:secret@host/db"), "--storage nonsense://me:***@host/db"),
         (("--storage", "/"), "--storage /"),
     ],
 )
@@ -522,6 +524,13 @@ def test_invalid_input(options: tuple[str, str], shown: str, tune: Any) -> None:
     code, text, message = tune(*options)
     assert (code, text) == (3, "")
     assert shown in message
+
+
+@pytest.mark.skipif(find_spec("psycopg") is not None, reason="the driver of PostgreSQL is installed")
+def test_a_database_without_its_driver(tune: Any) -> None:
+    code, text, message = tune("--storage", "postgresql://host/db")
+    assert (code, text) == (3, "")
+    assert message.endswith("pip install 'moegen[postgresql]' brings it.\n")
 
 
 @pytest.mark.parametrize("content", [None, "not a sweep", "two GPUs"])

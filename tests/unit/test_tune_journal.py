@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,9 @@ class Counting(Replay):
 
 def measure(journal: Journal, pairs: Sequence[LayerTiles], inner: Replay) -> list[Measurement]:
     measurer = journal.measurer("layer", inner)
-    return [measurer.measure(16, pair, None) for pair in pairs]
+    found = [measurer.measure(16, pair, None) for pair in pairs]
+    journal.flush()
+    return found
 
 
 @pytest.fixture(params=["file", "sqlite"])
@@ -86,6 +89,31 @@ def test_what_was_measured_is_never_measured_again(storage: str) -> None:
     again = Counting()
     assert measure(Journal(storage, "scope"), PAIRS[:41], again)[:40] == found
     assert again.asked == PAIRS[40:41]
+
+
+def test_a_database_is_written_to_while_the_next_one_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One trial at a time: the next waits for the one before, and what goes wrong is raised by then."""
+    journal = Journal(f"sqlite:///{tmp_path}/j.db", "scope")
+    measurer = journal.measurer("layer", Counting())
+    study, released, written = journal.study("layer", 16), threading.Event(), []
+
+    def slow(trial: optuna.trial.FrozenTrial) -> None:
+        assert released.wait(60)
+        written.append(trial)
+        if len(written) == 2:
+            raise OSError("the database is gone")
+
+    monkeypatch.setattr(type(study), "add_trial", lambda _, trial: slow(trial))
+    measurer.measure(16, PAIRS[0], None)
+    assert written == []
+    released.set()
+    measurer.measure(16, PAIRS[1], None)
+    assert len(written) >= 1
+    with pytest.raises(OSError, match="the database is gone"):
+        measurer.measure(16, PAIRS[2], None)
+    journal.flush()  # once is enough
 
 
 def test_only_what_is_unknown_is_announced(storage: str) -> None:
