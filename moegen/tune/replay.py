@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import Gemm, LayerTiles, TileConfig
-from moegen.tune.space import OPS, LayerSpace, kind_of, layer_space, varied
+from moegen.tune.space import AXES, OPS, LayerSpace, kind_of, layer_space, varied
 from moegen.tune.trial import Measurement, Status
 
 RACE = 1.5  # a config this many times slower than the best is dropped early, as on the GPU
@@ -49,8 +49,13 @@ class Sweep:
 
     @cached_property
     def space(self) -> LayerSpace:
-        """The space that was swept: all of it, but for the other assignment."""
-        space = layer_space(self.gemm1, self.gemm2, self.tokens, self.device, self.low_latency)
+        """The space that was swept: all of it, but for the other assignment.
+
+        Of a sweep that was recorded, the families that there were then.
+        """
+        recorded = {tile.family for measured in self.results.values() for tile in measured}
+        families = recorded or tuple(AXES)
+        space = layer_space(self.gemm1, self.gemm2, self.tokens, self.device, self.low_latency, families)
         return replace(space, others=())
 
 

@@ -1,7 +1,7 @@
 """Which tile configs are worth trying: one table of axes, cut down to what is legal, and plausible for the tokens."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -161,15 +161,27 @@ class LayerSpace:
         return tiles.gemm1 in self.gemm1[kind] and tiles.gemm2 in self.gemm2[kind]
 
 
-def layer_space(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerSpace:
-    """The space of one layer for `tokens` tokens; low_latency: whether calls take the low-latency assignment."""
+def layer_space(
+    gemm1: Gemm,
+    gemm2: Gemm,
+    tokens: int,
+    device: DeviceFacts,
+    low_latency: bool,
+    families: Collection[str] = tuple(AXES),
+) -> LayerSpace:
+    """The space of one layer for `tokens` tokens, within these families, among them the portable one.
+
+    low_latency: whether calls take the low-latency assignment.
+    """
     default = default_tiles(gemm1, gemm2, tokens, device, low_latency)
+    if default.gemm1.family not in families:
+        default = default_tiles(gemm1, gemm2, tokens, device, low_latency, portable=True)
     starts = _portable_starts(gemm1, gemm2, tokens, device, low_latency)
     # Without block scales this family has not been timed yet (docs/performance.md).
-    if gemm1.group_k and mean_slots(gemm1, tokens) >= COOPERATIVE_SLOTS:
+    if "cooperative" in families and gemm1.group_k and mean_slots(gemm1, tokens) >= COOPERATIVE_SLOTS:
         found = (family_tiles("cooperative", gemm1, gemm2, m, device) for m in AXES["cooperative"]["BLOCK_SIZE_M"])
         starts |= {kind_of(pair): pair for pair in found if pair}
-    one = family_tiles("stream", gemm1, gemm2, 1, device) if tokens == 1 else None
+    one = family_tiles("stream", gemm1, gemm2, 1, device) if tokens == 1 and "stream" in families else None
     starts |= {kind_of(pair): pair for pair in (one, default) if pair}
     spaces: list[dict[Kind, Space]] = [
         {

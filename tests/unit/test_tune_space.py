@@ -7,8 +7,9 @@ import pytest
 from moegen.device import TARGETS
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import Gemm, TileConfig, why_illegal
-from moegen.tune.replay import OPS
-from moegen.tune.space import AXES, Kind, LayerSpace, Space, layer_space
+from moegen.tune.replay import Sweep
+from moegen.tune.space import AXES, OPS, Kind, LayerSpace, Space, layer_space
+from moegen.tune.trial import Measurement
 from tests.support.made_up import DEVICE, GEMMS
 
 BITS = {
@@ -62,6 +63,20 @@ def test_block_scales_of_many_slots_may_take_the_family_cooperative(tokens: int,
     kinds = space_of(tokens, "fp8 block").kinds
     assert tuple(kind.block_m for kind in kinds if kind.family == "cooperative") == sizes
     assert {kind.family for kind in space_of(tokens, "fp8 block", TARGETS["cuda:100"]).kinds} == {"portable"}
+
+
+@pytest.mark.parametrize(("quant", "tokens"), [("fp8 block", 4096), ("bf16", 1)])
+def test_a_sweep_knows_the_families_that_it_was_recorded_with(quant: str, tokens: int) -> None:
+    """One of portable kernels alone stays whole when a new family becomes the heuristic's choice."""
+    gemms = [replace(gemm, **BITS[quant]) for gemm in GEMMS.values()]
+    facts = (*gemms, tokens, tokens == 1, "3.6.0")
+    whole = Sweep("layer", DEVICE, *facts, {op: {} for op in OPS}).space
+    old = {op: {tile: Measurement("ok", 1.0) for tile in whole.tiles(op) if tile.family == "portable"} for op in OPS}
+    space = Sweep("layer", DEVICE, *facts, old).space
+    assert whole.default.gemm1.family != "portable"
+    assert space.default.gemm1.family == "portable"
+    assert space.default in space
+    assert {op: set(space.tiles(op)) for op in OPS} == {op: set(tiles) for op, tiles in old.items()}
 
 
 def test_only_block_scales_take_the_family_cooperative() -> None:
