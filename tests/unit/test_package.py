@@ -76,7 +76,7 @@ def test_forms_that_compile_other_kernels(
         (
             {"topk_ids": torch.zeros(3, 2, dtype=torch.int64), "w13_input_scale": torch.ones(1)},
             "; warmup(3) compiles for the usual type and alignment of topk_ids, w13_input_scale, so run the layer once "
-            "with it before capturing a CUDA graph",
+            "with these before capturing a CUDA graph",
         ),
     ],
 )
