@@ -3,9 +3,13 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moegen.runtime.tile import LayerTiles
 
 
 class PackageError(ValueError):
@@ -48,6 +52,21 @@ def import_package(folder: Path) -> ModuleType:
         raise
     module.__dict__["_manifest"] = built
     return module
+
+
+def with_tiles(module: ModuleType, tiles: "LayerTiles") -> Callable[..., Any]:
+    """`fused_experts` of an imported package, checks included, with these tile configs instead of its own choice."""
+    package = module._dispatch._PACKAGE
+    run = sys.modules[type(package).__module__].run
+
+    def fused_experts(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - those of the package
+        package._run = lambda layer, call: run(layer, call, tiles)
+        try:
+            return module.fused_experts(*args, **kwargs)
+        finally:
+            del package._run
+
+    return fused_experts
 
 
 def _forget(package: str) -> None:

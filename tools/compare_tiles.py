@@ -25,14 +25,14 @@ from moegen.bench.measure import Cell, Options, measure_cell
 from moegen.bench.peers import PACKAGE, Candidate, load_peer
 from moegen.bench.report import CSV_COLUMNS, Environment, csv_rows
 from moegen.bench.roofline import Ceilings, measure_ceilings, operand_dtype
-from moegen.load import import_package
+from moegen.load import import_package, with_tiles
 from moegen.runtime.device import DeviceFacts, device_facts
-from moegen.runtime.heuristic import default_tiles, family_tiles
+from moegen.runtime.heuristic import default_tiles
 from moegen.runtime.layer import is_low_latency
 from moegen.runtime.tile import LayerTiles
 from moegen.tune.child import Child, ChildError
 from moegen.tune.compile_pool import Compilation, CompilePool, jobs_of
-from moegen.tune.space import AXES
+from moegen.tune.space import AXES, family_starts
 
 PORTABLE = "portable"
 
@@ -113,9 +113,7 @@ def pairs_of(layer: Any, tokens: int, device: DeviceFacts) -> dict[str, LayerTil
         PORTABLE: default_tiles(*gemms, tokens, device, low_latency, portable=True),
     }
     for family in (family for family in AXES if family != PORTABLE and (family != "stream" or tokens == 1)):
-        for size in AXES[family]["BLOCK_SIZE_M"]:
-            pair = family_tiles(family, *gemms, size, device)
-            pairs |= {f"{family} {size}": pair} if pair else {}
+        pairs |= {f"{family} {kind.block_m}": pair for kind, pair in family_starts(family, *gemms, device).items()}
     return {label: pair for label, pair in pairs.items() if label == PACKAGE or pair != pairs[PACKAGE]}
 
 
@@ -154,37 +152,23 @@ class Worker:
     def __call__(self, request: Request) -> Cell:
         """Time one cell."""
         module = import_package(request.folder)
-        package = module._dispatch._PACKAGE
         layer = next(layer for layer in module.LAYERS if layer.slug == request.slug)
-        run, chosen = sys.modules[type(package).__module__].run, [request.pairs[PACKAGE]]
-        package._run = lambda layer, call: run(layer, call, chosen[0])  # in place of what records and heuristic say
-
-        def by(pair: LayerTiles) -> Any:
-            def fused_experts(*args: Any, **kwargs: Any) -> Any:
-                chosen[0] = pair
-                return module.fused_experts(*args, **kwargs)
-
-            return fused_experts
-
-        portable = by(request.pairs.get(PORTABLE, request.pairs[PACKAGE]))
-        candidates = [Candidate(label, by(pair)) for label, pair in request.pairs.items()]
+        functions = {label: with_tiles(module, pair) for label, pair in request.pairs.items()}
+        portable = functions.get(PORTABLE, functions[PACKAGE])
         device = torch.device("cuda")
         dtype = operand_dtype(layer, device)
         if dtype not in self._ceilings:
             self._ceilings[dtype] = measure_ceilings(dtype, device)
-        try:
-            return measure_cell(
-                layer,
-                request.tokens,
-                self._routing,
-                [*candidates, *self._peers],
-                self._ceilings[dtype],
-                device=device,
-                options=Options(replays=self._replays),
-                reference=lambda _, *args, **kwargs: portable(*args, **kwargs),
-            )
-        finally:
-            del package._run
+        return measure_cell(
+            layer,
+            request.tokens,
+            self._routing,
+            [*(Candidate(label, function) for label, function in functions.items()), *self._peers],
+            self._ceilings[dtype],
+            device=device,
+            options=Options(replays=self._replays),
+            reference=lambda _, *args, **kwargs: portable(*args, **kwargs),
+        )
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ import torch
 from moegen.bench.measure import layer_reference, relative_error
 from moegen.bench.workload import LayerCall, draw_log_popularity, draw_routing, draw_weights
 from moegen.emit import emit
-from moegen.load import import_package
+from moegen.load import import_package, with_tiles
 from moegen.plan import make_plan
 from moegen.runtime.device import device_facts
-from moegen.runtime.heuristic import family_tiles
 from moegen.runtime.tile import LayerTiles
 from moegen.spec import MoESpec, Shape
-from moegen.tune.space import AXES
+from moegen.tune.space import family_starts
 
 QUANTS = ("none", "fp8_w8a8:128x128", "fp8_w8a8:channel", "int4_w4a16:g128", "mxfp4_w4a16")
 SHAPE = Shape(num_experts=8, top_k=2, hidden_size=512, intermediate_size=256)
@@ -53,28 +52,19 @@ def errors(module: Any, layer: Any, tokens: int) -> dict[str, float]:
     hidden = torch.empty(tokens, layer.hidden_size, dtype=layer.dtype, device="cuda").normal_(generator=generator)
     call = LayerCall(hidden, draw_weights(layer, generator), weights, ids)
     expected: Any = call.run(lambda *args, **kwargs: layer_reference(layer, *args, **kwargs))
-    package = module._dispatch._PACKAGE
-    runtime = sys.modules[type(package).__module__]
-    found = {"heuristic": _error(call, module, expected)}
-    for label, pair in pairs(layer, tokens).items():
-        package._run = lambda layer, call, pair=pair: runtime.run(layer, call, pair)  # in place of the heuristic's
-        found[label] = _error(call, module, expected)
-        del package._run
-    return found
-
-
-def _error(call: LayerCall, module: Any, expected: Any) -> float:
-    out: Any = call.run(module.fused_experts)
-    return relative_error(out, expected)
+    functions = {"heuristic": module.fused_experts}
+    functions |= {label: with_tiles(module, pair) for label, pair in pairs(layer, tokens).items()}
+    found: dict[str, Any] = {label: call.run(function) for label, function in functions.items()}
+    return {label: relative_error(out, expected) for label, out in found.items()}
 
 
 def pairs(layer: Any, tokens: int) -> dict[str, LayerTiles]:
     """The pairs of the families that the heuristic does not take for so few tokens."""
-    gemms = layer.gemm("gemm1"), layer.gemm("gemm2")
-    sizes = AXES["cooperative"]["BLOCK_SIZE_M"] if tokens > 1 else ()
-    device = device_facts(torch.cuda.current_device())
-    found = {size: family_tiles("cooperative", *gemms, size, device) for size in sizes}
-    return {f"cooperative {size}": pair for size, pair in found.items() if pair}
+    if tokens == 1:
+        return {}
+    gemms, device = (layer.gemm("gemm1"), layer.gemm("gemm2")), device_facts(torch.cuda.current_device())
+    starts = family_starts("cooperative", *gemms, device)
+    return {f"cooperative {kind.block_m}": pair for kind, pair in starts.items()}
 
 
 if __name__ == "__main__":

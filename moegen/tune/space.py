@@ -161,6 +161,12 @@ class LayerSpace:
         return tiles.gemm1 in self.gemm1[kind] and tiles.gemm2 in self.gemm2[kind]
 
 
+def family_starts(family: str, gemm1: Gemm, gemm2: Gemm, device: DeviceFacts) -> dict[Kind, LayerTiles]:
+    """The heuristic's pair at each BLOCK_SIZE_M of a family other than the portable one, where that serves."""
+    found = (family_tiles(family, gemm1, gemm2, size, device) for size in AXES[family]["BLOCK_SIZE_M"])
+    return {kind_of(pair): pair for pair in found if pair}
+
+
 def layer_space(
     gemm1: Gemm,
     gemm2: Gemm,
@@ -179,10 +185,10 @@ def layer_space(
     starts = _portable_starts(gemm1, gemm2, tokens, device, low_latency)
     # Without block scales this family has not been timed yet (docs/performance.md).
     if "cooperative" in families and gemm1.group_k and mean_slots(gemm1, tokens) >= COOPERATIVE_SLOTS:
-        found = (family_tiles("cooperative", gemm1, gemm2, m, device) for m in AXES["cooperative"]["BLOCK_SIZE_M"])
-        starts |= {kind_of(pair): pair for pair in found if pair}
-    one = family_tiles("stream", gemm1, gemm2, 1, device) if tokens == 1 and "stream" in families else None
-    starts |= {kind_of(pair): pair for pair in (one, default) if pair}
+        starts |= family_starts("cooperative", gemm1, gemm2, device)
+    if "stream" in families and tokens == 1:
+        starts |= family_starts("stream", gemm1, gemm2, device)
+    starts[kind_of(default)] = default
     spaces: list[dict[Kind, Space]] = [
         {
             kind: Space(

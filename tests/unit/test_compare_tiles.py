@@ -11,6 +11,7 @@ import pytest
 from moegen.bench.measure import Cell, Result
 from moegen.bench.timing import Timing
 from moegen.device import TARGETS
+from moegen.load import with_tiles
 
 H200 = TARGETS["cuda:90"]
 SIZES = {"num_experts": 16, "top_k": 4, "hidden_size": 1024, "intermediate_size": 640}
@@ -42,6 +43,21 @@ def test_what_is_timed(
 ) -> None:
     package = build(**SIZES, **fields)
     assert list(tool.pairs_of(package.LAYERS[0], tokens, TARGETS[target])) == labels
+
+
+def test_chosen_tiles_hold_for_their_calls_alone(
+    tool: Any, build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = build(**SIZES)
+    public, pairs = package._dispatch._PACKAGE, tool.pairs_of(package.LAYERS[0], 2048, H200)
+    ran: list[Any] = []
+    monkeypatch.setattr(package.runtime.package, "run", lambda _layer, call, tiles: ran.append((call, tiles)))
+    monkeypatch.setattr(package, "fused_experts", lambda call: public._run(package.LAYERS[0], call))
+    first, second = (with_tiles(package, pair) for pair in list(pairs.values())[:2])
+    for function, call in ((first, "a"), (second, "b"), (first, "c")):
+        function(call)
+    assert ran == [("a", pairs["moegen"]), ("b", pairs["cooperative 64"]), ("c", pairs["moegen"])]
+    assert "_run" not in vars(public)
 
 
 def test_all_of_it_compiles(tool: Any, build: Callable[..., ModuleType]) -> None:
