@@ -23,6 +23,7 @@ import triton.language as tl
 from .kernel_parts import pdl_begin, pdl_option
 
 MAX_EXPERTS = 1024
+NUM_TICKETS = tl.constexpr(2)  # counters of tiles, one a GEMM; behind them is one a block
 
 NO_MAP = tl.constexpr(0)
 MAP_IDS = tl.constexpr(1)  # ids become local before they are counted: slots of remote experts vanish
@@ -43,7 +44,7 @@ _PLAIN_INTS = (
     "numel", "num_experts", "block_size", "length", "num_blocks", "chunk_size", "num_chunks", "blocks_per_program",
 )  # fmt: skip
 _POINTERS = (
-    "topk_ids", "expert_map", "chunk_counts", "sorted_token_ids", "expert_ids", "num_tokens_post_padded",
+    "topk_ids", "expert_map", "chunk_counts", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "counters",
 )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def _write_slots(
 
 @triton.jit
 def _write_blocks(
-    expert_map, sorted_token_ids, expert_ids, run_end, slot_end, total, first, end, numel, length, block_size,
+    expert_map, sorted_token_ids, expert_ids, counters, run_end, slot_end, total, first, end, numel, length, block_size,
     MAPPING: tl.constexpr,
 ):  # fmt: skip
     """Expert and padding of the blocks first … end − 1; run_end, slot_end [BINS]: run ends with, without padding."""
@@ -163,6 +164,8 @@ def _write_blocks(
         else:
             owner = tl.where(live, experts, -1)
         tl.store(expert_ids + blocks, owner, mask=blocks < end)
+        if counters is not None:
+            tl.store(counters + NUM_TICKETS + blocks, 0, mask=blocks < end)
         # A loop of fixed width instead of a constexpr block size: one compiled kernel serves every block size.
         for column in range(0, block_size, WIDTH):
             offsets = column + tl.arange(0, WIDTH)
@@ -174,7 +177,7 @@ def _write_blocks(
 
 @triton.jit(do_not_specialize=_PLAIN_INTS, do_not_specialize_on_alignment=_POINTERS)
 def align_kernel(
-    topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded,
+    topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded, counters,
     numel, num_experts, block_size, length, num_blocks, chunk_size, num_chunks, blocks_per_program,
     MAPPING: tl.constexpr, BINS: tl.constexpr, COUNT_TILE: tl.constexpr, SLOT_TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -199,8 +202,10 @@ def align_kernel(
         first_block = (program - num_chunks) * blocks_per_program
         if program == num_chunks:
             tl.store(num_tokens_post_padded, total)
+            if counters is not None:
+                tl.store(counters + tl.arange(0, NUM_TICKETS), 0)
         _write_blocks(
-            expert_map, sorted_token_ids, expert_ids, run_end, run_start + counts, total, first_block,
+            expert_map, sorted_token_ids, expert_ids, counters, run_end, run_start + counts, total, first_block,
             tl.minimum(first_block + blocks_per_program, num_blocks), numel, length, block_size, MAPPING,
         )  # fmt: skip
 
@@ -256,6 +261,7 @@ def align_into(
     ignore_invalid_experts: bool = False,
     scratch: torch.Tensor | None = None,
     pdl: bool = False,
+    counters: torch.Tensor | None = None,
 ) -> None:
     """`moe_align_block_size` into given buffers: nothing is allocated, every entry of the three outputs is written.
 
@@ -264,11 +270,12 @@ def align_into(
     num_tokens_post_padded int32 [1]
     scratch                int32, at least `align_scratch_size(...)` elements, contents irrelevant; None if that is 0
     pdl                    programmatic dependent launch (kernel_parts.pdl_begin)
+    counters               int32 [NUM_TICKETS + cdiv(L, block_size)], set to 0 for kernels behind that count with them
     Raises ValueError for wrong sizes, TypeError for wrong dtypes.
     """
     _check_inputs(topk_ids, num_experts, expert_map)
     numel, length, num_blocks = topk_ids.numel(), sorted_token_ids.numel(), expert_ids.numel()
-    _check_buffers(numel, block_size, num_experts, sorted_token_ids, expert_ids, num_tokens_post_padded)
+    _check_buffers(numel, block_size, num_experts, sorted_token_ids, expert_ids, num_tokens_post_padded, counters)
     tiles = align_launch_key(numel, num_experts)
     chunk_size = _share(numel, tiles.slot_tile)
     num_chunks = _ceil_div(numel, chunk_size)
@@ -285,7 +292,7 @@ def align_into(
     blocks_per_program = _share(num_blocks, BLOCK_TILE.value)
     block_programs = max(1, _ceil_div(num_blocks, blocks_per_program))
     align_kernel[(num_chunks + block_programs,)](
-        topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded,
+        topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded, counters,
         numel, num_experts, block_size, length, num_blocks, chunk_size, num_chunks, blocks_per_program,
         MAPPING=mapping, BINS=tiles.bins, COUNT_TILE=tiles.count_tile, SLOT_TILE=tiles.slot_tile, PDL=pdl,
         num_warps=tiles.num_warps, **pdl_option(pdl),
@@ -359,6 +366,7 @@ def _check_buffers(
     sorted_token_ids: torch.Tensor,
     expert_ids: torch.Tensor,
     num_tokens_post_padded: torch.Tensor,
+    counters: torch.Tensor | None,
 ) -> None:
     needed, _ = align_lengths(numel, block_size, num_experts)
     length = sorted_token_ids.numel()
@@ -368,7 +376,10 @@ def _check_buffers(
         ("sorted_token_ids", sorted_token_ids, length),
         ("expert_ids", expert_ids, _ceil_div(length, block_size)),
         ("num_tokens_post_padded", num_tokens_post_padded, 1),
+        ("counters", counters, NUM_TICKETS.value + expert_ids.numel()),
     ):
+        if buffer is None:
+            continue
         if buffer.numel() != size:
             raise ValueError(f"{name}: {buffer.numel()} elements are not allowed; allowed: {size}")
         _check_int32(name, buffer)

@@ -10,13 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .cooperative_sizes import CooperativeSizes
+from .align import NUM_TICKETS
+from .cooperative_sizes import CooperativeSizes, joins, quantises_hidden
 from .descriptors import descriptor, descriptor_base, multiprocessors
 from .kernel_parts import pdl_option
 from .quantise import Activations, Slots, quantise
 from .reduce import top_k_reduce
-from .tile import Gemm, LayerTiles, TileConfig
-from .weight import Weight, scale_bytes
+from .tile import LayerTiles, TileConfig
+from .weight import scale_bytes
 
 if TYPE_CHECKING:
     from .layer import Call, Layer
@@ -29,8 +30,8 @@ _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.f
 _PARTITION_WARPS = 4  # of each consumer, half of a tile config's num_warps, and of a producer that gathers
 
 
-def cooperative_sizes(layer: "Layer", op: str, weighted: bool, tile: TileConfig) -> CooperativeSizes:
-    """What the kernel of one GEMM of a layer is compiled for."""
+def cooperative_sizes(layer: "Layer", op: str, weighted: bool, tile: TileConfig, joined: bool) -> CooperativeSizes:
+    """What the kernel of one GEMM of a layer, or both GEMMs, are compiled for."""
     gemm = layer.gemm(op)
     return CooperativeSizes(
         num_experts=gemm.num_experts,
@@ -45,6 +46,7 @@ def cooperative_sizes(layer: "Layer", op: str, weighted: bool, tile: TileConfig)
         grouped=gemm.group_k > 0,
         token_scales=layer.scheme.kind in ("channel", "tensor_token"),
         row_scales=layer.scheme.kind == "channel",
+        joined=joined,
         ue8m0=layer.scheme.ue8m0,
         block_m=tile.BLOCK_SIZE_M,
         block_n=tile.BLOCK_SIZE_N,
@@ -54,77 +56,74 @@ def cooperative_sizes(layer: "Layer", op: str, weighted: bool, tile: TileConfig)
     )
 
 
-def quantises_hidden(tile: TileConfig, gemm: Gemm) -> bool:
-    """Whether gemm1 quantises what it writes: half a tile of its columns is one group of block scales."""
-    return gemm.group_k == tile.BLOCK_SIZE_N // 2
-
-
-def run_cooperative(layer: "Layer", call: "Call", tiles: LayerTiles, assignment: SortedSlots, experts: int) -> None:
-    """`layer.run` after the aligned assignment, for tile configs of this family."""
+def run_cooperative(
+    layer: "Layer", call: "Call", tiles: LayerTiles, assignment: SortedSlots, counters: torch.Tensor, experts: int
+) -> None:
+    """`layer.run` after the aligned assignment, for tile configs of this family; counters: those of align_into."""
     x, w13, w2, pdl = call.hidden_states, call.w13, call.w2, tiles.gemm1.PDL
     sorted_ids, slots = assignment[0], call.topk_ids.numel()
     rows, columns = sorted_ids.numel(), layer.intermediate_size
-    on_input = call.apply_router_weight_on_input
+    gemm1 = layer.gemm("gemm1")
+    joined, quantised = joins(tiles, gemm1), quantises_hidden(tiles.gemm1, gemm1)
+    sizes = [
+        cooperative_sizes(layer, op, call.apply_router_weight_on_input == (op == "gemm1"), tile, joined)
+        for op, tile in (("gemm1", tiles.gemm1), ("gemm2", tiles.gemm2))
+    ]
     a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, pdl)
-    fused = quantises_hidden(tiles.gemm1, layer.gemm("gemm1"))
-    if fused:
+    a = Activations(a.values.contiguous(), a.scale)  # tokens that were not quantised may have gaps between them
+    scale = None
+    if quantised:
         scale = x.new_empty((rows, triton.cdiv(columns, layer.scheme.group_k)), dtype=torch.float32)
-        hidden = Activations(x.new_empty((rows, columns), dtype=w2.values.dtype), scale)
+    hidden = Activations(x.new_empty((rows, columns), dtype=w2.values.dtype if quantised else x.dtype), scale)
+    slot_outputs = x.new_empty((slots, layer.hidden_size))
+    weights = [_weights(w.values, one, x) for w, one in zip((w13, w2), sizes, strict=True)]
+    scales = [scale_bytes(w.scale) for w in (w13, w2)]
+    routing = (call.topk_weights, *assignment)
+    first, second, done = counters[:1], counters[1:2], counters[NUM_TICKETS.value :]
+
+    def launch(kernel: str, *arguments: object, **options: object) -> None:
+        _kernel(kernel)[(multiprocessors(x),)](
+            *arguments,
+            ACTIVATION=layer.kernels.activation,
+            DTYPE=_TRITON_TYPES[layer.dtype],
+            num_warps=_PARTITION_WARPS,
+            **options,
+            **pdl_option(pdl),
+        )
+
+    if joined:
+        launch(
+            "layer_cooperative", a.values, weights[0], w13.bias, *hidden, _sorted_rows(hidden, tiles.gemm2), weights[1],
+            w2.bias, slot_outputs, *routing, first, done, slots, a.scale, *scales, S=sizes[0], S2=sizes[1],
+        )  # fmt: skip
     else:
-        hidden = Activations(x.new_empty((rows, columns)), None)
-    _launch(layer, "gemm1", a, w13, hidden, call, assignment, on_input, tiles.gemm1)
-    if not fused:
-        live = Slots(sorted_ids, None, slots, slots)  # a row holds values iff it has a slot
-        hidden = quantise(hidden.values, layer.scheme, w2.values.dtype, w2.input_scale, live, pdl)
-    slot_outputs = Activations(x.new_empty((slots, layer.hidden_size)), None)
-    _launch(layer, "gemm2", hidden, w2, slot_outputs, call, assignment, not on_input, tiles.gemm2)
-    top_k_reduce(
-        slot_outputs.values, call.topk_ids, call.out, experts, call.expert_map, layer.local_experts, tiles.gemm2.PDL
-    )
+        launch(
+            "gemm1_cooperative", a.values, weights[0], w13.bias, *hidden, *routing, first, slots, a.scale, scales[0],
+            S=sizes[0],
+        )  # fmt: skip
+        if not quantised:
+            live = Slots(sorted_ids, None, slots, slots)  # a row holds values iff it has a slot
+            hidden = quantise(hidden.values, layer.scheme, w2.values.dtype, w2.input_scale, live, pdl)
+        launch(
+            "gemm2_cooperative", _sorted_rows(hidden, tiles.gemm2), weights[1], w2.bias, slot_outputs, None, *routing,
+            second, slots, hidden.scale, scales[1], S=sizes[1],
+        )  # fmt: skip
+    top_k_reduce(slot_outputs, call.topk_ids, call.out, experts, call.expert_map, layer.local_experts, tiles.gemm2.PDL)
+
+
+def _sorted_rows(hidden: Activations, tile: TileConfig) -> Any:  # noqa: ANN401
+    """`hidden` [rows, I] in blocks of a tile's step."""
+    rows = hidden.values
+    block = [tile.BLOCK_SIZE_M, tile.BLOCK_SIZE_K]
+    return descriptor(rows, list(rows.shape), list(rows.stride()), block, _SWIZZLE)
 
 
 @functools.cache
-def _kernel(op: str) -> Any:  # noqa: ANN401 - a Gluon function has no Python type
+def _kernel(name: str) -> Any:  # noqa: ANN401 - a Gluon function has no Python type
     # Imported where it is used: nothing of Gluon is needed, nor has to exist, on other GPUs.
     from . import cooperative_kernel
 
-    return getattr(cooperative_kernel, f"{op}_cooperative")
-
-
-def _launch(
-    layer: "Layer",
-    op: str,
-    a: Activations,
-    w: Weight,
-    out: Activations,
-    call: "Call",
-    assignment: SortedSlots,
-    weighted: bool,
-    tile: TileConfig,
-) -> None:
-    x = call.hidden_states
-    sizes = cooperative_sizes(layer, op, weighted, tile)
-    rows: Any = a.values.contiguous()  # tokens that were not quantised may have gaps between them
-    if not sizes.gathers:
-        block = [tile.BLOCK_SIZE_M, tile.BLOCK_SIZE_K]
-        rows = descriptor(rows, list(rows.shape), list(rows.stride()), block, _SWIZZLE)
-    _kernel(op)[(multiprocessors(x),)](
-        rows,
-        _weights(w.values, sizes, x),
-        w.bias,
-        out.values,
-        out.scale,
-        call.topk_weights,
-        *assignment,
-        call.topk_ids.numel(),
-        a.scale,
-        scale_bytes(w.scale),
-        ACTIVATION=layer.kernels.activation,
-        DTYPE=_TRITON_TYPES[layer.dtype],
-        S=sizes,
-        num_warps=_PARTITION_WARPS,
-        **pdl_option(tile.PDL),
-    )
+    return getattr(cooperative_kernel, name)
 
 
 def _weights(w: torch.Tensor, sizes: CooperativeSizes, x: torch.Tensor) -> Any:  # noqa: ANN401

@@ -14,21 +14,35 @@ EACH: gl.constexpr = gl.constexpr(64)  # slots of a consumer: the rows of a wgmm
 
 
 @gluon.jit
-def rows_of(first, routing, LAYOUT: gl.constexpr, S: gl.constexpr):
+def rows_of(slots, first, routing, S: gl.constexpr):
     """The rows [64] of a that the sorted slots from `first` on read; padding has some row as well."""
-    position = first + gl.arange(0, EACH, layout=LAYOUT)
     if S.gathers:
-        return gl.minimum(gl.load(routing[1] + position), routing[4] - 1) // S.top_k
+        return gl.minimum(slots, routing[4] - 1) // S.top_k
     else:
-        return position
+        return first + gl.arange(0, EACH, layout=slots.type.layout)
 
 
 @gluon.jit
-def _times_scales(values, scales, routing, expert, first, start, column, S: gl.constexpr):
+def _router_weights(slots, routing, S: gl.constexpr):
+    """The router's weights [64] of slots, if they count."""
+    if S.weighted:
+        return gl.load(routing[0] + slots, mask=slots < routing[4], other=0.0)
+    else:
+        return slots
+
+
+@gluon.jit
+def _along_rows(vector, values):
+    """vector [64] ready to broadcast against values [64, N]: their rows are where the products' are."""
+    return gl.expand_dims(gl.convert_layout(vector, gl.SliceLayout(1, values.type.layout), assert_trivial=True), 1)
+
+
+@gluon.jit
+def _times_scales(values, scales, routing, expert, slots, first, start, column, S: gl.constexpr):
     """values [64, N], sums of quantised products, times their scales; start: of the weight rows of column 0."""
     if S.token_scales:
-        rows = rows_of(first, routing, gl.SliceLayout(1, values.type.layout), S)
-        values *= gl.expand_dims(gl.load(scales[0] + rows), 1)
+        rows = rows_of(slots, first, routing, S)
+        values *= _along_rows(gl.load(scales[0] + rows), values)
     else:
         values *= gl.load(scales[0])
     if S.row_scales:
@@ -45,14 +59,6 @@ def _add_bias(values, bias, start, column, S: gl.constexpr):
     columns = column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
     loaded = gl.load(bias + start + columns, mask=columns < S.columns, other=0.0)
     return values + gl.expand_dims(loaded.to(gl.float32), 0)
-
-
-@gluon.jit
-def _times_weights(values, routing, first):
-    """values [64, N] times the router's weights of their slots."""
-    position = first + gl.arange(0, EACH, layout=gl.SliceLayout(1, values.type.layout))
-    slots = gl.load(routing[1] + position)
-    return values * gl.expand_dims(gl.load(routing[0] + slots, mask=slots < routing[4], other=0.0), 1)
 
 
 @gluon.jit
@@ -91,55 +97,66 @@ def _quantised(values, results, routing, first, column, part: gl.constexpr, turn
 
 
 @gluon.jit
-def _store(values, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr, S: gl.constexpr):
-    """values [64, N] to the columns from `column` on: gemm1's in sorted order, gemm2's to their slots."""
-    N: gl.constexpr = values.shape[1]
+def _destination(low, results, routing, first):
+    """Sorted slots [64] as the stores of columns like `low` want them."""
     out = results[0]
-    if results[1] is not None:
-        values = _quantised(values, results, routing, first, column, part, turn, DTYPE, S)
-    values = values.to(out.dtype.element_ty)
     if out.dtype.element_ty != gl.float32:  # 16 bytes a thread; of float32 it has 8, which are whole sectors as well
         VALUES: gl.constexpr = 16 if results[1] is not None else 8
-        LANES: gl.constexpr = N // VALUES
-        WIDE: gl.constexpr = gl.BlockedLayout([LANES // 2, VALUES], [32 // LANES, LANES], [4, 1], [1, 0])
-        values = gl.convert_layout(values, WIDE)
-    position = first + gl.arange(0, EACH, layout=gl.SliceLayout(1, values.type.layout))
-    slots = gl.load(routing[1] + position)
-    row = (position if S.gathers else slots).to(gl.int64) * S.columns
-    columns = gl.expand_dims(column + gl.arange(0, N, layout=gl.SliceLayout(0, values.type.layout)), 0)
-    inside = gl.expand_dims(slots < routing[4], 1) & (columns < S.columns)
-    gl.store(out + (gl.expand_dims(row, 1) + columns), values, mask=inside)
+        LANES: gl.constexpr = low.shape[1] // VALUES
+        STORED: gl.constexpr = gl.BlockedLayout([LANES // 2, VALUES], [32 // LANES, LANES], [4, 1], [1, 0])
+    else:
+        STORED: gl.constexpr = low.type.layout
+    return gl.load(routing[1] + first + gl.arange(0, EACH, layout=gl.SliceLayout(1, STORED)))
 
 
 @gluon.jit
-def finish(low, high, expert, first, column, routing, scales, results, part: gl.constexpr, turn,
+def _store(values, slots, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr,
+           S: gl.constexpr):  # fmt: skip
+    """values [64, N] to the columns from `column` on: gemm1's in sorted order, gemm2's to their slots."""
+    N: gl.constexpr = values.shape[1]
+    STORED: gl.constexpr = slots.type.layout.parent
+    out = results[0]
+    if results[1] is not None:
+        values = _quantised(values, results, routing, first, column, part, turn, DTYPE, S)
+    values = gl.convert_layout(values.to(out.dtype.element_ty), STORED)
+    row = first + gl.arange(0, EACH, layout=slots.type.layout) if S.gathers else slots
+    columns = gl.expand_dims(column + gl.arange(0, N, layout=gl.SliceLayout(0, STORED)), 0)
+    inside = gl.expand_dims(slots < routing[4], 1) & (columns < S.columns)
+    gl.store(out + (gl.expand_dims(row.to(gl.int64) * S.columns, 1) + columns), values, mask=inside)
+
+
+@gluon.jit
+def finish(low, high, expert, slots, first, column, routing, scales, results, part: gl.constexpr, turn,
            ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
     """What follows the products: scales, router's weights, bias, activation, stores. `high` counts if S.has_high."""
+    # Loads whose results are wanted at the end, or late.
+    stored = _destination(low, results, routing, first)
+    weights = _router_weights(slots, routing, S)
     bias = results[2]
     WEIGHT_FIRST: gl.constexpr = S.weighted and S.gathers  # on the input, hence before the bias
     start = expert * S.rows  # the weight row of the result's column 0; of `high` where gate and up rows are apart
     high_start = start + S.columns if S.gated else start
     high_column = column if S.gated else column + low.shape[1]
     if scales[0] is not None and not S.grouped:
-        low = _times_scales(low, scales, routing, expert, first, start, column, S)
+        low = _times_scales(low, scales, routing, expert, slots, first, start, column, S)
         if S.has_high:
-            high = _times_scales(high, scales, routing, expert, first, high_start, high_column, S)
+            high = _times_scales(high, scales, routing, expert, slots, first, high_start, high_column, S)
     if WEIGHT_FIRST:
-        low = _times_weights(low, routing, first)
+        low *= _along_rows(weights, low)
         if S.has_high:
-            high = _times_weights(high, routing, first)
+            high *= _along_rows(weights, high)
     if bias is not None:
         low = _add_bias(low, bias, start, column, S)
         if S.has_high:
             high = _add_bias(high, bias, high_start, high_column, S)
     if S.weighted and not WEIGHT_FIRST:
-        low = _times_weights(low, routing, first)
+        low *= _along_rows(weights, low)
         if S.has_high:
-            high = _times_weights(high, routing, first)
+            high *= _along_rows(weights, high)
     if S.gated:
-        _store(ACTIVATION(low, high), results, routing, first, column, part, turn, DTYPE, S)
+        _store(ACTIVATION(low, high), stored, results, routing, first, column, part, turn, DTYPE, S)
     else:
-        _store(ACTIVATION(low) if S.gathers else low, results, routing, first, column, part, turn, DTYPE, S)
+        _store(ACTIVATION(low) if S.gathers else low, stored, results, routing, first, column, part, turn, DTYPE, S)
         if S.has_high:
             high = ACTIVATION(high) if S.gathers else high
-            _store(high, results, routing, first, high_column, part, turn, DTYPE, S)
+            _store(high, stored, results, routing, first, high_column, part, turn, DTYPE, S)

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .device import DeviceFacts
-    from .tile import Gemm, TileConfig
+    from .tile import Gemm, LayerTiles, TileConfig
 
 GROUP = 128  # of block scales, both ways: with them the columns of a product and the depth of a step
 _STEP_BYTES = 128  # of a row that a step takes: what the tensor cores' swizzled layout has in a row
-_LEAST_STAGES = 3  # gathered tokens are announced two steps after they were asked for
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class CooperativeSizes:
     grouped       block scales of 128x128. The other forms scale the sums, or nothing
     token_scales  of those forms: one scale a row of activations, not one for all
     row_scales    one scale a weight row, not one an expert
+    joined        whether one launch runs both GEMMs
     ue8m0         whether the scales that it makes are powers of two
     block_m, block_n, group_m, stages, pdl  as in TileConfig
     """
@@ -42,6 +42,7 @@ class CooperativeSizes:
     grouped: bool
     token_scales: bool
     row_scales: bool
+    joined: bool
     ue8m0: bool
     block_m: int
     block_n: int
@@ -73,6 +74,11 @@ class CooperativeSizes:
     def steps(self) -> int:
         """Of the reduction."""
         return -(-self.depth // self.step)
+
+    @property
+    def posts(self) -> int:
+        """Places for tiles that are posted: at most one more than the ring has stages has not been taken yet."""
+        return posts_of(self.stages)
 
     @property
     def row_groups(self) -> int:
@@ -138,18 +144,39 @@ class CooperativeSizes:
         return [1, 2, self.width, self.step] if self.splits else [1, 1, self.product_n, self.step]
 
 
-def cooperative_memory(tile: "TileConfig", gemm: "Gemm") -> int:
-    """Bytes of shared memory: ring, barriers, each consumer's result on its way to 16-byte stores, shared maxima."""
-    ring = tile.num_stages * (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * _STEP_BYTES
-    barriers = 8 * tile.num_stages  # twice
-    aligned = -(-barriers // 16) * 16
-    quantised = gemm.group_k > 0 and gemm.op == "gemm1" and tile.BLOCK_SIZE_N == 2 * GROUP
+def quantises_hidden(tile: "TileConfig", gemm1: "Gemm") -> bool:
+    """Whether gemm1 quantises what it writes: half a tile of its columns is one group of block scales."""
+    return gemm1.group_k == tile.BLOCK_SIZE_N // 2
+
+
+def joins(tiles: "LayerTiles", gemm1: "Gemm") -> bool:
+    """Whether one launch runs both GEMMs: their rings are the same, and nothing has to quantise `hidden` in between."""
+    one, other = tiles.gemm1, tiles.gemm2
+    same_ring = (one.BLOCK_SIZE_N, one.num_stages) == (other.BLOCK_SIZE_N, other.num_stages)
+    return same_ring and (not gemm1.is_w8a8 or quantises_hidden(one, gemm1))
+
+
+def posts_of(stages: int) -> int:
+    """The power of two above `stages`."""
+    return 1 << stages.bit_length()
+
+
+def cooperative_memory(tile: "TileConfig", *gemms: "Gemm") -> int:
+    """Bytes of shared memory of a launch that runs one GEMM or joins two: ring, each consumer's result on its way to
+    16-byte stores, shared maxima, barriers, posts.
+    """
+    stages, posts = tile.num_stages, posts_of(tile.num_stages)
+    ring = stages * (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * _STEP_BYTES
     part_n = tile.BLOCK_SIZE_N if tile.BLOCK_SIZE_M == 128 else tile.BLOCK_SIZE_N // 2
-    splits = gemm.gated and part_n <= GROUP
-    results = 2 * 64 * min(GROUP, part_n // 2 if gemm.gated else part_n) * (1 if quantised else 2)
-    if splits and quantised:
-        return ring + 2 * aligned + 8 + results + 4 * 64 * 4 + 8
-    return ring + aligned + barriers + results + 8
+    results = maxima = 0
+    for gemm in gemms:
+        quantised = gemm.op == "gemm1" and gemm.group_k > 0 and quantises_hidden(tile, gemm)
+        wide = min(GROUP, part_n // 2 if gemm.gated else part_n)
+        results = max(results, 2 * 64 * wide * (1 if quantised else 2))
+        if quantised and gemm.gated and part_n <= GROUP:
+            maxima = 4 * 64 * 4 + 8
+    total = ring + results + maxima + 8 * (2 * stages + posts) + 4 * posts
+    return -(-total // 128) * 128 + 4  # what the drawn tile passes through
 
 
 def why_illegal_cooperative(tile: "TileConfig", gemm: "Gemm", device: "DeviceFacts") -> str | None:
@@ -179,6 +206,8 @@ def why_illegal_cooperative(tile: "TileConfig", gemm: "Gemm", device: "DeviceFac
         if getattr(tile, key) not in values:
             shown = " or ".join(str(value) for value in values)
             return f"{key}={getattr(tile, key)} is not the {shown} of family=cooperative"
-    if tile.num_stages < _LEAST_STAGES:
-        return f"num_stages={tile.num_stages} is below the {_LEAST_STAGES} of family=cooperative"
+    # Gathered tokens are announced two steps after they were asked for; products that add up keep the stage before.
+    least = 3 if gemm.group_k else 4
+    if tile.num_stages < least:
+        return f"num_stages={tile.num_stages} is below the {least} of family=cooperative"
     return None

@@ -21,17 +21,41 @@ def default_tiles(
 def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> LayerTiles | None:
     """Those of a family that is faster than the portable one for `tokens` tokens, if there is one.
 
-    "stream" gains 7 to 90 % at one token. With block scales "cooperative" gains 5 to 100 %, in tiles of 64 slots from
-    few slots an expert on, earlier where the reduction of gemm2 is short (docs/performance.md).
+    "stream" gains 7 to 90 % at one token, "cooperative" up to 90 % with block scales and up to 20 % without.
     """
     if tokens == 1:
         return family_tiles("stream", gemm1, gemm2, 1, device)
-    if not gemm1.group_k:
-        return None
-    mean = mean_slots(gemm1, tokens)
-    if mean < (16 if gemm2.depth < 512 else 32):
-        return None
-    return family_tiles("cooperative", gemm1, gemm2, 128 if mean >= 80 else 64, device)
+    block_m = _cooperative_rows(gemm1, gemm2, tokens, device)
+    return family_tiles("cooperative", gemm1, gemm2, block_m, device) if block_m else None
+
+
+_MOST_PADDING = 60 * 10**6  # bytes of `hidden`, which "cooperative" pads (docs/performance.md, Memory)
+
+
+def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> int:
+    """BLOCK_SIZE_M of "cooperative" where it is faster than the portable family, else 0.
+
+    From ten layers on an H200 (docs/results/*.csv). The shorter gemm2's reduction, the
+    fewer slots an expert it takes: the family has one launch for both GEMMs, and no loads that wait between tiles.
+    """
+    slots, mean = tokens * gemm1.top_k, mean_slots(gemm1, tokens)
+    wide = mean >= 48
+    if gemm1.group_k:
+        faster = 2 * slots >= gemm1.num_experts
+    elif gemm1.is_w8a8:
+        faster, wide = mean >= 32, mean >= 128
+    elif gemm2.depth <= 384:
+        faster = 2 * slots >= gemm1.num_experts
+    elif gemm2.depth <= 1024:
+        faster = mean >= 24
+    elif gemm2.depth < 8192:
+        lone = 4 * slots <= gemm1.num_experts  # most of them alone with their expert, but tiles for all multiprocessors
+        faster = wide or (lone and slots * gemm1.rows >= 256 * 2 * device.num_sms)
+    else:
+        faster = 512 <= mean <= 1024
+    block_m = 128 if wide else 64
+    padding = gemm1.num_experts * (block_m - 1) * gemm2.depth * gemm1.a_bits // 8
+    return block_m if faster and padding <= _MOST_PADDING else 0
 
 
 def family_tiles(family: str, gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles | None:
@@ -58,10 +82,17 @@ def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -
 
 
 def _cooperative_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:
-    deep = 128 * 8 // gemm1.a_bits  # 128 bytes
-    wide = TileConfig(block_m, 256, deep, 16, num_warps=8, num_stages=4, family="cooperative")
-    first = replace(wide, GROUP_SIZE_M=4) if block_m == 128 else replace(wide, num_stages=5)
-    return LayerTiles(_fitted(first, gemm1, device), _fitted(wide, gemm2, device))
+    """The same for both GEMMs, so that one launch runs them; few M blocks at a time, so that gemm2 can soon begin."""
+    tile = TileConfig(
+        block_m,
+        256,
+        128 * 8 // gemm1.a_bits,  # 128 bytes
+        4 if block_m == 128 else 1,
+        num_warps=8,
+        num_stages=4,
+        family="cooperative",
+    )
+    return LayerTiles(_fitted(tile, gemm1, device), _fitted(tile, gemm2, device))
 
 
 _FAMILY_TILES = {"stream": _stream_tiles, "cooperative": _cooperative_tiles}

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from .activations import Activation
-from .align import align_into, align_launch_key, align_lengths, align_scratch_size
+from .align import NUM_TICKETS, align_into, align_launch_key, align_lengths, align_scratch_size
 from .assignment import low_latency_applies
 from .cooperative import SortedSlots, run_cooperative
 from .kernel_parts import pdl_option
@@ -126,7 +126,7 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
         run_stream(layer, call, tiles.gemm1)
         return
     if tiles.gemm1.family == "cooperative":
-        run_cooperative(layer, call, tiles, _align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map))
+        run_cooperative(layer, call, tiles, *_align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map))
         return
     x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()
@@ -137,7 +137,7 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
         num_blocks = slots
     else:
         block = tiles.gemm1.BLOCK_SIZE_M
-        assignment = _align(layer, call, tiles.gemm1)
+        assignment, _ = _align(layer, call, tiles.gemm1)
         active = min(slots, layer.local_experts)
         num_blocks = active + (slots - active) // block
     experts = _aligned_experts(layer, call.expert_map)
@@ -154,18 +154,23 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     top_k_reduce(slot_outputs, call.topk_ids, call.out, experts, call.expert_map, layer.local_experts, tiles.gemm2.PDL)
 
 
-def _align(layer: Layer, call: Call, tile: TileConfig) -> SortedSlots:
-    """Aligned assignment in one buffer; with an expert_map the remote slots vanish."""
+def _align(layer: Layer, call: Call, tile: TileConfig) -> tuple[SortedSlots, torch.Tensor]:
+    """Aligned assignment and, where the family counts, align_into's counters, in one buffer.
+
+    With an expert_map the remote slots vanish.
+    """
+    counts = tile.family == "cooperative"
     slots, block = call.topk_ids.numel(), tile.BLOCK_SIZE_M
     experts = _aligned_experts(layer, call.expert_map)
     length, num_blocks = align_lengths(slots, block, experts)
-    scratch = align_scratch_size(slots, experts)
-    buffer = torch.empty(length + num_blocks + 1 + scratch, dtype=torch.int32, device=call.topk_ids.device)
-    sorted_ids, expert_ids, num_sorted, counts = buffer.split((length, num_blocks, 1, scratch))
+    sizes = (length, num_blocks, 1, align_scratch_size(slots, experts), NUM_TICKETS.value + num_blocks if counts else 0)
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, device=call.topk_ids.device)
+    sorted_ids, expert_ids, num_sorted, scratch, counters = buffer.split(sizes)
     align_into(
-        call.topk_ids, block, experts, sorted_ids, expert_ids, num_sorted, call.expert_map, True, counts, tile.PDL
-    )
-    return sorted_ids, expert_ids, num_sorted
+        call.topk_ids, block, experts, sorted_ids, expert_ids, num_sorted, call.expert_map, True, scratch, tile.PDL,
+        counters if counts else None,
+    )  # fmt: skip
+    return (sorted_ids, expert_ids, num_sorted), counters
 
 
 def _aligned_experts(layer: Layer, expert_map: torch.Tensor | None) -> int:

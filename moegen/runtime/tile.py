@@ -2,7 +2,7 @@
 
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 
-from .cooperative_sizes import cooperative_memory, why_illegal_cooperative
+from .cooperative_sizes import cooperative_memory, joins, why_illegal_cooperative
 from .device import DeviceFacts
 from .stream_sizes import stream_memory, why_illegal_stream
 
@@ -132,7 +132,7 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     if tile.family not in FAMILIES:
         return f"family={tile.family} is unknown; known: {', '.join(FAMILIES)}"
     if tile.family == "stream":
-        return why_illegal_stream(tile, gemm, device) or _why_too_large(tile, gemm, device)
+        return why_illegal_stream(tile, gemm, device) or _why_too_large(shared_memory(tile, gemm), device)
     if tile.BLOCK_SIZE_M == 8 and not (tile.SWAP_AB and device.backend == "cuda"):
         return "BLOCK_SIZE_M=8 needs SWAP_AB and a CUDA GPU: tokens on the tensor core's side that may be 8 wide"
     smallest = {"BLOCK_SIZE_M": 8, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16}
@@ -150,20 +150,22 @@ def why_illegal(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None
     if gemm.is_w8a8 and gemm.group_k % tile.BLOCK_SIZE_K:
         return f"BLOCK_SIZE_K={tile.BLOCK_SIZE_K} does not divide the quant group of {gemm.group_k}"
     if tile.family == "cooperative":
-        return why_illegal_cooperative(tile, gemm, device) or _why_too_large(tile, gemm, device)
+        return why_illegal_cooperative(tile, gemm, device) or _why_too_large(shared_memory(tile, gemm), device)
     accumulators = tile.BLOCK_SIZE_M * tile.BLOCK_SIZE_N // (32 * tile.num_warps)
     if accumulators > 256:
         return f"{accumulators} accumulators per thread do not fit into 255 registers"
-    return _why_too_large(tile, gemm, device)
+    return _why_too_large(shared_memory(tile, gemm), device)
 
 
 def why_illegal_pair(tiles: LayerTiles, gemm1: Gemm, gemm2: Gemm, device: DeviceFacts) -> str | None:
-    """`why_illegal` of the first of both GEMMs that is, or None."""
-    return why_illegal(tiles.gemm1, gemm1, device) or why_illegal(tiles.gemm2, gemm2, device)
+    """`why_illegal` of the first of both GEMMs that is, or of the launch that runs both, or None."""
+    reason = why_illegal(tiles.gemm1, gemm1, device) or why_illegal(tiles.gemm2, gemm2, device)
+    if reason is None and tiles.gemm1.family == "cooperative" and joins(tiles, gemm1):
+        reason = _why_too_large(cooperative_memory(tiles.gemm1, gemm1, gemm2), device)
+    return reason
 
 
-def _why_too_large(tile: TileConfig, gemm: Gemm, device: DeviceFacts) -> str | None:
-    needed = shared_memory(tile, gemm)
+def _why_too_large(needed: int, device: DeviceFacts) -> str | None:
     if needed > device.shared_memory:
         return f"{needed} bytes of shared memory exceed the {device.shared_memory} of {device.name}"
     return None

@@ -67,9 +67,10 @@ def _sources(scheme: Scheme) -> tuple[str, ...]:
     names = ["align", "kernel_parts", "reduce"]
     names += ["quantise"] if quantised else []
     names += ["decode"] if scheme.kind else []
-    names += ["stream_kernel", "stream_parts", "stream_sizes"] if not scheme.kind or w8a8 else []
+    if not scheme.kind or w8a8:
+        names += [f"cooperative_{name}" for name in ("finish", "kernel", "products", "sizes")]
+        names += ["stream_kernel", "stream_parts", "stream_sizes"]
     names += ["stream_w8a8"] if w8a8 else []
-    names += ["cooperative_finish", "cooperative_kernel", "cooperative_sizes"] if w8a8 and scheme.kind == "NxK" else []
     return tuple(names)
 
 

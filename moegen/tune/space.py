@@ -41,7 +41,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 OPS = ("gemm1", "gemm2")
-COOPERATIVE_SLOTS = 32  # mean slots per expert from which the family cooperative is plausible
+COOPERATIVE_SLOTS = 0.5  # slots per expert from which the family cooperative is plausible
 LONG_RUNS = 64  # mean slots per expert above which M blocks of one expert follow each other and GROUP_SIZE_M counts
 NEAR_RULE = 4  # how far from the rule's limit, in tokens, the other assignment is plausible
 SMALL_M, SWAPPED_M = 32, 64  # largest BLOCK_SIZE_M at which fewer warps than a warpgroup, and SWAP_AB, are plausible
@@ -183,8 +183,7 @@ def layer_space(
     if default.gemm1.family not in families:
         default = default_tiles(gemm1, gemm2, tokens, device, low_latency, portable=True)
     starts = _portable_starts(gemm1, gemm2, tokens, device, low_latency)
-    # Without block scales this family has not been timed yet (docs/performance.md).
-    if "cooperative" in families and gemm1.group_k and mean_slots(gemm1, tokens) >= COOPERATIVE_SLOTS:
+    if "cooperative" in families and tokens * gemm1.top_k >= COOPERATIVE_SLOTS * gemm1.num_experts:
         starts |= family_starts("cooperative", gemm1, gemm2, device)
     if "stream" in families and tokens == 1:
         starts |= family_starts("stream", gemm1, gemm2, device)

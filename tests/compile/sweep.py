@@ -5,6 +5,7 @@ Packages go below FOLDER; stdout is one JSON list, a record a kernel. The Triton
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -18,14 +19,15 @@ from moegen.emit import emit
 from moegen.load import import_package
 from moegen.plan import make_plan
 from moegen.runtime.activations import ACTIVATIONS, Activation
+from moegen.runtime.cooperative_sizes import cooperative_memory, joins
 from moegen.runtime.tile import LayerTiles, TileConfig, shared_memory
 from moegen.spec import Parallel
-from tests.support.packages import any_activation, spec_of
+from tests.support.packages import any_activation, portable_tiles, spec_of
 from tests.support.record_files import write_record
 from tests.support.weights import SMALL_SCHEMES
 
 # Of 16 experts and top_k 2: 2 tokens are low-latency, 3 are aligned, 1024 reach the largest BLOCK_SIZE_M. On cuda:90
-# one token of 16-bit values takes the family "stream".
+# one token of 16-bit values takes the family "stream"; with ALL_TILES only the portable family is compiled.
 LOW_LATENCY, BOTH, ALL_TILES = 2, 3, 1024
 SIZES = {"num_experts": 16, "top_k": 2, "hidden_size": 256, "intermediate_size": 256}
 
@@ -85,7 +87,7 @@ COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
     "cooperative, 16 bits, 64 rows": ({}, LayerTiles(_deep(replace(_LOW, num_stages=5)), _deep(_LOW))),
     "cooperative, 16 bits, 64 narrow rows": ({}, LayerTiles(_deep(_SLIM_LOW), _deep(_SLIM_LOW))),
 }
-COOPERATIVE_KERNELS = ("gemm1_cooperative", "gemm2_cooperative")
+COOPERATIVE_KERNELS = ("gemm1_cooperative", "gemm2_cooperative", "layer_cooperative")
 RECORD_TOKENS = 300  # the only bucket of those records
 LEAST_RECORD_TOKENS = 213  # within half an octave of it; fewer take the heuristic
 
@@ -103,7 +105,7 @@ def cases(target: str) -> dict[str, tuple[dict[str, Any], int]]:
 def by_record(folder: Path, target: str) -> list[dict[str, Any]]:
     """Compile the cases of "cooperative" for `target` by a record in each package; only their own kernels are returned.
 
-    With the shared memory that tile.py expects: `figure`.
+    With the shared memory that is expected: `figure`.
     """
     records = []
     for number, (case, (fields, tiles)) in enumerate(COOPERATIVE_CASES.items()):
@@ -118,7 +120,10 @@ def by_record(folder: Path, target: str) -> list[dict[str, Any]]:
             for item in compiled
             if (item.kernel in COOPERATIVE_KERNELS and item.tokens >= LEAST_RECORD_TOKENS) or item.error is not None
         ]
-        figures = [shared_memory(getattr(tiles, op), imported.LAYERS[0].gemm(op)) for op in ("gemm1", "gemm2")]
+        gemms = [imported.LAYERS[0].gemm(op) for op in ("gemm1", "gemm2")]
+        figures = [shared_memory(getattr(tiles, gemm.op), gemm) for gemm in gemms]
+        if joins(tiles, gemms[0]):
+            figures = [cooperative_memory(tiles.gemm1, *gemms)]
         records += [
             {"case": case, "triton": triton.__version__, "figure": figure, **asdict(item)}
             for item, figure in zip_longest(own, figures)
@@ -132,7 +137,8 @@ def main(folder: str, target: str) -> None:
     records = []
     for case, (fields, tokens) in cases(target).items():
         package = emit(make_plan(spec_of(**{**SIZES, **fields})), Path(folder))
-        compiled = _compile_target((str(package), target, tokens))
+        with portable_tiles(import_package(package)) if tokens == ALL_TILES else nullcontext():
+            compiled = _compile_target((str(package), target, tokens))
         records += [{"case": case, "triton": triton.__version__, **asdict(item)} for item in compiled]
     if target == "cuda:90":
         records += by_record(Path(folder), target)

@@ -30,6 +30,7 @@ Build = Callable[..., ModuleType]
 WIDE = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="cooperative")
 NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=6)
 SHORT = replace(WIDE, num_stages=3, GROUP_SIZE_M=1, PDL=False)
+FLAT = replace(WIDE, GROUP_SIZE_M=1, PDL=False)  # SHORT, without block scales
 LOW = replace(WIDE, BLOCK_SIZE_M=64)
 PAIRS = [
     LayerTiles(WIDE, WIDE),
@@ -37,6 +38,7 @@ PAIRS = [
     LayerTiles(replace(LOW, num_stages=5), LOW),
     LayerTiles(WIDE, NARROW),
     LayerTiles(SHORT, SHORT),
+    LayerTiles(LOW, LOW),
 ]
 MAIN = range(3)
 SLIM = replace(LOW, BLOCK_SIZE_N=128, num_stages=6)  # without block scales
@@ -52,7 +54,7 @@ def pairs_of(quant: str, gated: bool = True) -> list[LayerTiles]:
     if quant in (FP8, UE8M0, INT8):
         return PAIRS
     low = replace(LOW, num_stages=5 if gated else 4)
-    pairs = [PAIRS[0], PAIRS[1], LayerTiles(low, LOW), PAIRS[3], PAIRS[4], LayerTiles(SLIM, SLIM)]
+    pairs = [*PAIRS[:2], LayerTiles(low, LOW), PAIRS[3], LayerTiles(FLAT, FLAT), PAIRS[5], LayerTiles(SLIM, SLIM)]
     deep = 64 if quant == "none" else 128
     return [LayerTiles(*(replace(tile, BLOCK_SIZE_K=deep) for tile in (one.gemm1, one.gemm2))) for one in pairs]
 
@@ -73,7 +75,7 @@ def test_schemes_and_tiles(make: Build, quant: str, pair: int, tokens: int) -> N
 
 
 @pytest.mark.parametrize("tokens", [1, 70, 517, 3000])
-@pytest.mark.parametrize("pair", range(6))
+@pytest.mark.parametrize("pair", range(len(PAIRS) + 1))
 @pytest.mark.parametrize("quant", NO_GROUPS)
 def test_schemes_without_k_groups(make: Build, quant: str, pair: int, tokens: int) -> None:
     package = make(quant=(quant,), intermediate_size=336)
@@ -93,7 +95,7 @@ def test_forms_without_k_groups(make: Build, quant: str) -> None:
     for one in fields:
         package = make(quant=(quant,), **one)
         arguments = make_inputs(package.LAYERS[0], 300, 3, "cuda", padding=0.2, mapped="parallel" in one)
-        for pair in (pairs[0], pairs[2], pairs[5]):
+        for pair in (pairs[0], pairs[2], *pairs[5:]):
             check(package, arguments, pair)
     package = make(quant=(quant,), activation="relu2_no_mul", bias=True, intermediate_size=400)
     arguments = make_inputs(package.LAYERS[0], 300, 3, "cuda", padding=0.2)
@@ -172,6 +174,24 @@ def test_a_thousand_runs_give_one_result(make: Build, quant: str) -> None:
         first = run(package, arguments, pair)
         for _ in range(1000):
             assert torch.equal(first, run(package, arguments, pair))
+
+
+@pytest.mark.parametrize("quant", [FP8, "none"])
+def test_two_streams_share_the_gpu(make: Build, quant: str) -> None:
+    """Launches that run both GEMMs wait within for rows: neither may keep the other's programs from beginning."""
+    package = make(hidden_size=2048, intermediate_size=768, quant=(quant,))
+    arguments = [make_inputs(package.LAYERS[0], 1200, seed, "cuda") for seed in (8, 9)]
+    pair = pairs_of(quant)[0]
+    alone = [run(package, one, pair) for one in arguments]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in arguments]
+    results: list[list[torch.Tensor]] = [[], []]
+    for _ in range(200):
+        for own, one, stream in zip(results, arguments, streams, strict=True):
+            with torch.cuda.stream(stream):
+                own.append(run(package, one, pair))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, first) for own, first in zip(results, alone, strict=True) for out in own)
 
 
 @pytest.mark.parametrize("quant", [FP8, "none"])

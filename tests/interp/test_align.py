@@ -57,12 +57,15 @@ def _check(
     expert_map: torch.Tensor | None = None,
     ignore: bool = False,
     pad: bool = False,
+    counts: bool = False,
 ) -> None:
-    """Every entry of the three outputs, which held POISON before the call."""
+    """Every entry of the three outputs, which held POISON before the call; and of the counters, where there are any."""
     length, num_blocks = align_lengths(ids.numel(), block, experts, pad)
     got = Alignment(*(torch.full((size,), POISON, dtype=torch.int32) for size in (length, num_blocks, 1)))
     scratch = torch.full((align_scratch_size(ids.numel(), experts),), POISON, dtype=torch.int32)
-    align_into(ids, block, experts, *got, expert_map, ignore, scratch)
+    counters = torch.full((align.NUM_TICKETS.value + num_blocks,), POISON, dtype=torch.int32) if counts else None
+    align_into(ids, block, experts, *got, expert_map, ignore, scratch, counters=counters)
+    assert counters is None or not counters.any()
     wanted = _expected(ids, block, experts, expert_map, ignore, pad)
     for name, value, expected in zip(Alignment._fields, got, wanted, strict=True):
         assert torch.equal(value, expected), f"{name}: {value.tolist()[:40]} instead of {expected.tolist()[:40]}"
@@ -161,6 +164,12 @@ def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception
         moe_align_block_size(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_counters_begin_at_zero(tokens: int) -> None:
+    """Whatever the number of block programs that share the work."""
+    _check(torch.randint(0, 8, (tokens, 2), dtype=torch.int32), 16, 8, pad=True, counts=True)
+
+
 def test_wrong_buffers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, (length, num_blocks) = torch.zeros(4, 2, dtype=torch.int32), align_lengths(8, 16, 8)
     for sizes, message in (
@@ -172,6 +181,8 @@ def test_wrong_buffers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             align_into(ids, 16, 8, *Alignment(*(torch.empty(size, dtype=torch.int32) for size in sizes)))
     monkeypatch.setattr(align, "_RECOUNT_LIMIT", -1)
     buffers = Alignment(*(torch.empty(size, dtype=torch.int32) for size in (length, num_blocks, 1)))
+    with pytest.raises(ValueError, match="counters: 3"):
+        align_into(ids, 16, 8, *buffers, counters=torch.empty(3, dtype=torch.int32))
     with pytest.raises(ValueError, match="scratch: 0"):
         align_into(ids, 16, 8, *buffers)
     with pytest.raises(TypeError, match="scratch: dtype"):

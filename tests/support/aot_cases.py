@@ -27,7 +27,7 @@ def _case(
 
 
 def _align_cases() -> list[AotCase]:
-    buffers = ("expert_map", "chunk_counts", "sorted_token_ids", "expert_ids", "num_tokens_post_padded")
+    buffers = ("expert_map", "chunk_counts", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "counters")
     cases = []
     for numel, experts, mapping, id_type in (
         (16, 8, align.NO_MAP, "i32"),
@@ -43,6 +43,8 @@ def _align_cases() -> list[AotCase]:
         fixed["PDL"] = False  # older GPUs lack it; tests/compile/test_targets.py compiles with it
         if mapping == align.NO_MAP:
             fixed["expert_map"] = None
+        if numel < 100_000:  # only some families count
+            fixed["counters"] = None
         if tiles.two_launches:
             name = f"align_count-{numel}-{experts}"
             cases.append(_case(name, align.align_count_kernel, types, fixed, tiles.num_warps))

@@ -19,7 +19,7 @@ from moegen.runtime.weight import scale_bytes
 class Values(torch.Tensor):
     """A tensor of the language, which nothing changes in place."""
 
-    type = property(lambda _: SimpleNamespace(layout=None))  # type: ignore[assignment]
+    type = property(lambda _: SimpleNamespace(layout=SimpleNamespace(parent=None)))  # type: ignore[assignment]
 
     def __iadd__(self, other: Any) -> "Values":  # type: ignore[override, misc]
         return self + other  # type: ignore[no-any-return]
@@ -84,7 +84,7 @@ def read_block(descriptor: Any, start: list[Any]) -> torch.Tensor:
     return block
 
 
-def _load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: object) -> Any:
+def load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: object) -> Any:
     index = torch.as_tensor(pointer.offset)
     mask = torch.as_tensor(True if mask is None else mask).expand(index.shape)
     memory = pointer.memory.flatten()
@@ -143,7 +143,7 @@ def language(block: int, blocks: int) -> SimpleNamespace:
         minimum=lambda a, b: _either(torch.minimum, a, b),
         maximum=lambda a, b: _either(torch.maximum, a, b),
         where=_where,
-        load=_load,
+        load=load,
         store=_store,
     )
 

@@ -1,124 +1,81 @@
-"""The kernel of the family "cooperative" run as ordinary Python on torch tensors (gluon.py), through its own launch.
+"""The kernels of the family "cooperative" run as ordinary Python on torch tensors (gluon.py), through their own launch.
 
-Of the ring of shared memory, what its barriers promise is checked: stages and phases in turn, each stage announced once
-and with the bytes that were loaded. The producer runs first, then both consumers, in threads, since they may exchange
-values; programs run one after another.
+Every partition of every program is a thread, shared memory is a ring as large as the kernel's and its barriers count as
+mbarriers do. So a stage that nobody releases, announces or fills hangs here as well, and then fails.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from moegen.runtime import cooperative_kernel
-from tests.support.gluon import Pointer, Shared, Values, as_python, language, read_block
+from tests.support.gluon import Pointer, Shared, Values, as_python, language, load, read_block
 
 PROGRAMS = 3
+LONGEST_S = 30.0  # a wait
+_ATOMIC = threading.Lock()
+_SEEN: dict[tuple[int, int, int], tuple[int, float]] = {}  # thread, counter -> what it read there, and since when
 
 
 class Descriptor:
     """A descriptor in a kernel."""
 
     def __init__(self, host: Any) -> None:
-        self.host, self.dtype = host, host.base.dtype
+        self.host, self.dtype, self.layout = host, host.base.dtype, None
         size = torch.Size(host.block_shape).numel() * self.dtype.itemsize
         self.block_type = SimpleNamespace(nbytes=size, shape=list(host.block_shape))
 
 
-class Tile:
-    """A block in shared memory."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-
-    def slice(self, start: int, length: int, dim: int) -> "Tile":
-        return Tile(self.values.narrow(dim, start, length))
-
-    def reshape(self, shape: tuple[int, ...]) -> "Tile":
-        return Tile(self.values.reshape(shape))
-
-    def permute(self, order: tuple[int, ...]) -> "Tile":
-        return Tile(self.values.permute(order))
-
-
-class Ring:
-    """What a producer loads, step by step, and what one partition has of it."""
-
-    def __init__(self, stages: int, halves: int, steps: list[dict[Any, torch.Tensor]] | None) -> None:
-        self.stages, self.halves, self.produces = stages, halves, steps is None
-        self.steps: list[dict[Any, torch.Tensor]] = [] if steps is None else steps
-        self.at = self.announced = self.released = 0
-        self.promised: list[int] = []
-
-    @property
-    def barriers(self) -> SimpleNamespace:
-        """`mbarrier`."""
-        return SimpleNamespace(wait=self._wait, expect=self._expect, arrive=self._arrive)
-
-    def parts(self, dtype: torch.dtype) -> tuple[SimpleNamespace, ...]:
-        """Buffers of a and w, the barriers empty and ready."""
-        buffers = [SimpleNamespace(dtype=dtype, index=lambda i: self._buffer("a", i)),
-                   SimpleNamespace(dtype=dtype, index=lambda i: self._buffer("w", i))]  # fmt: skip
-        barriers = [SimpleNamespace(index=lambda stage, name=name: (name, int(stage))) for name in ("empty", "ready")]
-        return (*buffers, *barriers)
-
-    def write(self, buffer: tuple[str, int], values: torch.Tensor, promised: bool) -> None:
-        assert buffer not in self.steps[-1]
-        self.steps[-1][buffer] = values
-        self.promised[-1] -= values.nbytes if promised else 0
-
-    def _buffer(self, name: str, index: Any) -> Any:
-        stage, half = (int(index), 0) if name == "a" else divmod(int(index), self.halves)
-        assert stage == self.at % self.stages
-        return (name, half) if self.produces else Tile(self.steps[self.at][name, half])
-
-    def _wait(self, barrier: tuple[str, int], phase: Any) -> None:
-        if isinstance(barrier, Meeting):
-            barrier.meet(int(phase))
-            return
-        turn = self.at // self.stages & 1
-        assert barrier == ("empty" if self.produces else "ready", self.at % self.stages)
-        assert int(phase) == (turn ^ 1 if self.produces else turn)
-
-    def _expect(self, barrier: tuple[str, int], size: int) -> None:
-        assert barrier == ("ready", self.at % self.stages)
-        self.steps.append({})
-        self.promised.append(size)
-
-    def _arrive(self, barrier: tuple[str, int], *, pred: Any = True, **_: int) -> None:
-        if isinstance(barrier, Meeting):
-            return
-        if self.produces and bool(pred):
-            assert barrier == ("ready", self.announced % self.stages)
-            self.announced += 1
-        elif not self.produces and bool(pred):
-            # A stage may be released while the product of the next one is under way, and in order.
-            assert barrier == ("empty", self.released % self.stages)
-            assert self.released <= self.at
-            self.released += 1
-
-    def next_stage(self, stage: Any, phase: Any, stages: int) -> tuple[Any, Any]:
-        """stream_parts.next_stage: the end of a step."""
-        self.at += 1
-        return (stage + 1, phase) if stage + 1 < stages else (0, phase ^ 1)
-
-
-class Meeting(threading.Barrier):
-    """A barrier of both consumers; who waits has arrived."""
+class Barrier:
+    """An mbarrier: a phase is over when all arrivals and all promised bytes are in."""
 
     def __init__(self) -> None:
-        super().__init__(2, timeout=60)
-        self._times: dict[int, int] = {}
+        self._count = self._missing = self._bytes = self._phase = 0
+        self._changed = threading.Condition()
 
-    def meet(self, phase: int) -> None:
-        one = self._times.setdefault(threading.get_ident(), 0)
-        assert phase == one & 1
-        self._times[threading.get_ident()] += 1
-        self.wait()
+    def init(self, count: int) -> None:
+        self._count = self._missing = count
+
+    def wait(self, phase: Any) -> None:
+        with self._changed:
+            ended = self._changed.wait_for(lambda: self._phase & 1 != int(phase), LONGEST_S)
+        assert ended, "a barrier that nobody completes"
+
+    def add(self, arrivals: int, promised: int) -> None:
+        """Arrivals, and bytes that are promised (positive) or brought (negative)."""
+        with self._changed:
+            self._missing -= arrivals
+            self._bytes += promised
+            assert self._missing >= 0, "an arrival too many"
+            if self._missing == 0 and self._bytes == 0:
+                self._missing = self._count
+                self._phase += 1
+                self._changed.notify_all()
+
+
+class Memory(Shared):
+    """Buffers of shared memory whose blocks are read and written in place."""
+
+    def index(self, index: Any) -> "Memory":
+        return Memory(self.memory[int(index)])
+
+    def slice(self, start: int, length: int, dim: int) -> "Memory":
+        return Memory(self.memory.narrow(dim, start, length))
+
+    def reshape(self, shape: tuple[int, ...]) -> "Memory":
+        return Memory(self.memory.reshape(shape))
+
+    def permute(self, order: tuple[int, ...]) -> "Memory":
+        return Memory(self.memory.permute(order))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], _layout: object) -> "Memory":
+        assert dtype == self.dtype
+        return Memory(self.memory.view(shape))
 
 
 def _broadcast(one: torch.Tensor, other: Any) -> tuple[torch.Tensor, Any]:
@@ -134,34 +91,108 @@ def _tile_order(tile: int, num_m: int, num_n: int, group: int) -> tuple[int, int
     return first + tile % (group * num_n) % size, tile % (group * num_n) // size
 
 
-def _multiply(a: Tile, w: Tile, sums: torch.Tensor, *, use_acc: bool, **_: object) -> torch.Tensor:
-    product = a.values.double() @ w.values.double()
+def _multiply(a: Memory, w: Memory, sums: torch.Tensor, *, use_acc: bool, **_: object) -> torch.Tensor:
+    product = a.memory.double() @ w.memory.double()
     return (sums.double() + product if use_acc else product).to(sums.dtype).as_subclass(Values)
 
 
-def _partition(program: int, ring: Ring) -> Any:
-    """The kernel's functions, for one partition of one program."""
+def _gather(buffer: Memory, pointers: Pointer, mask: Any = None) -> None:
+    buffer.memory.copy_(load(pointers, mask))
+
+
+def _fetch(desc: Descriptor, start: list[Any], barrier: Barrier, buffer: Memory) -> None:
+    buffer.memory.copy_(read_block(desc.host, start))
+    barrier.add(0, -desc.block_type.nbytes)
+
+
+def _allocate(dtype: torch.dtype, shape: list[int], _layout: object) -> Any:
+    if dtype == torch.int64:
+        barriers = [Barrier() for _ in range(shape[0])]
+        return barriers[0] if len(shape) == 1 else SimpleNamespace(index=lambda i: barriers[int(i)])
+    plain = dtype if dtype.itemsize > 1 else torch.uint8
+    nan = 0x7F if dtype.itemsize == 1 or not dtype.is_floating_point else float("nan")
+    return Memory(torch.full(shape, nan, dtype=plain).view(dtype))
+
+
+def _atomic_add(pointer: Pointer, value: int, **_: object) -> int:
+    with _ATOMIC:
+        place = pointer.memory.view(-1)[int(pointer.offset) : int(pointer.offset) + 1]
+        before = int(place)
+        place += value
+    return before
+
+
+def _load_acquire(pointer: Pointer) -> int:
+    """Who spins lets the others run, and gives up when nothing changes."""
+    time.sleep(1e-4)
+    found = int(pointer.memory.view(-1)[int(pointer.offset)])
+    place = threading.get_ident(), pointer.memory.data_ptr(), int(pointer.offset)
+    before, since = _SEEN.get(place, (-1, 0.0))
+    if found != before:
+        _SEEN[place] = found, time.monotonic()
+    else:
+        assert time.monotonic() < since + LONGEST_S, "rows that nobody finishes"
+    return found
+
+
+class PythonKernels:
+    """In place of the module cooperative_kernel; activation: the layer's, on torch tensors; at_once: programs that the
+    GPU has room for.
+    """
+
+    def __init__(self, activation: Callable[..., torch.Tensor], at_once: int = PROGRAMS) -> None:
+        self._activation, self._at_once = activation, at_once
+
+    def kernel(self, name: str) -> Any:
+        """In place of cooperative._kernel."""
+        return {(PROGRAMS,): lambda *args, **options: self._launch(name, args, options)}
+
+    def _launch(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[str(options["DTYPE"])]
+        sizes = {key: options[key] for key in ("S", "S2") if key in options}
+        arguments = tuple(map(_in_kernel, arguments))
+        partitions: list[Callable[[], None]] = []
+        _SEEN.clear()
+        for program in range(PROGRAMS):
+            module = _module(program, partitions)
+            # One thread allocates, as one block does, and hands its partitions over.
+            getattr(module, name)(*arguments, self._activation, dtype, **sizes, num_warps=4)
+        with ThreadPoolExecutor(len(partitions) // PROGRAMS * self._at_once) as threads:
+            for running in [threads.submit(partition) for partition in partitions]:
+                running.result()
+
+
+def _module(program: int, partitions: list[Callable[[], None]]) -> SimpleNamespace:
+    """The kernels' functions, for one program, whose partitions are added to a list instead of run."""
     gl = language(program, PROGRAMS)
     gl.broadcast = _broadcast
-    gl.NVMMADistributedLayout = gl.BlockedLayout
+    gl.NVMMADistributedLayout = gl.NVMMASharedLayout = gl.SwizzledSharedLayout = gl.BlockedLayout
+    gl.num_warps = lambda: 4
+    gl.full = lambda shape, value, dtype, **_: torch.full(shape, int(value), dtype=dtype)
+    gl.atomic_add = _atomic_add
+    gl.allocate_shared_memory = _allocate
     nothing = lambda *_, **__: None  # noqa: E731
 
-    def gather(buffer: tuple[str, int], pointers: Pointer, mask: Any = None) -> None:
-        ring.write(buffer, gl.load(pointers, mask), promised=False)
+    def specialise(parts: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: object) -> None:
+        partitions.extend(lambda run=run, args=args: run(*args) for run, args in parts)
 
-    def load(desc: Descriptor, start: list[Any], _barrier: object, buffer: tuple[str, int]) -> None:
-        ring.write(buffer, read_block(desc.host, start), promised=True)
-
+    gl.warp_specialize = specialise
     return as_python(
         program,
         PROGRAMS,
         gl=gl,
-        mbarrier=ring.barriers,
-        next_stage=ring.next_stage,
+        mbarrier=SimpleNamespace(
+            MBarrierLayout=nothing,
+            init=lambda barrier, count: barrier.init(count),
+            wait=lambda barrier, phase: barrier.wait(phase),
+            expect=lambda barrier, size: barrier.add(1, size),
+            arrive=lambda barrier, count, pred=True: barrier.add(count if bool(pred) else 0, 0),
+        ),
         tile_order=lambda *sizes: _tile_order(*(int(size) for size in sizes)),
-        async_copy=SimpleNamespace(async_copy_global_to_shared=gather, commit_group=nothing, wait_group=nothing),
-        tma=SimpleNamespace(async_copy_global_to_shared=load),
+        async_copy=SimpleNamespace(async_copy_global_to_shared=_gather, commit_group=nothing, wait_group=nothing),
+        tma=SimpleNamespace(async_copy_global_to_shared=_fetch),
         fence_async_shared=nothing,
+        load_acquire=_load_acquire,
         warpgroup_mma=_multiply,
         warpgroup_mma_wait=lambda _, deps: deps if len(deps) > 1 else deps[0],
     )(cooperative_kernel)
@@ -171,33 +202,3 @@ def _in_kernel(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return Pointer(value)
     return Descriptor(value) if hasattr(value, "block_shape") else value
-
-
-class PythonKernel:
-    """In place of gemm1_cooperative and gemm2_cooperative; activation: the layer's, on torch tensors."""
-
-    def __init__(self, activation: Callable[..., torch.Tensor]) -> None:
-        self._activation = activation
-
-    def __getitem__(self, _grid: object) -> Callable[..., None]:
-        return self._launch
-
-    def _launch(self, *arguments: Any, S: Any, DTYPE: Any, **_: Any) -> None:
-        a, w, bias, out, out_scale, topk_weights, *assignment, num_slots, a_scale, w_scale = map(_in_kernel, arguments)
-        routing, results = (topk_weights, *assignment, num_slots), (out, out_scale, bias)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[str(DTYPE)]
-        for program in range(PROGRAMS):
-            ring = Ring(S.stages, S.halves, None)
-            _partition(program, ring)._produce(a, w, routing, ring.parts(w.dtype), S)
-            assert set(ring.promised) <= {0}
-            assert ring.announced == (len(ring.steps) if S.gathers else 0)
-            exchanged = (Shared(torch.full((4, 64), float("nan"))), Meeting()) if S.shares_groups else ()
-            rest = ((a_scale, w_scale), (*results, *exchanged))
-            taken = [Ring(S.stages, S.halves, ring.steps) for _ in range(2)]
-            consumers = [_partition(program, own)._consume for own in taken]
-            with ThreadPoolExecutor(2) as threads:
-                list(threads.map(
-                    lambda consume, part, own, rest: consume(part, routing, *rest, own, self._activation, dtype, S),
-                    consumers, range(2), [own.parts(w.dtype) for own in taken], repeat(rest),
-                ))  # fmt: skip
-            assert [(own.at, own.released) for own in taken] == [(len(ring.steps),) * 2] * 2

@@ -31,7 +31,7 @@ def tool() -> Any:
     ("fields", "tokens", "target", "labels"),
     [
         ({}, 1, "cuda:90", ["moegen", "portable", "cooperative 64", "cooperative 128"]),
-        ({}, 2048, "cuda:90", ["moegen", "cooperative 64", "cooperative 128"]),
+        ({}, 2048, "cuda:90", ["moegen", "portable", "cooperative 64"]),
         ({"quant": ("fp8_w8a8:128x128",)}, 2048, "cuda:90", ["moegen", "portable", "cooperative 64"]),
         ({"quant": ("int4_w4a16:g128",)}, 2048, "cuda:90", ["moegen"]),
         ({"dtypes": ("float32",)}, 2048, "cuda:90", ["moegen"]),
@@ -56,7 +56,7 @@ def test_chosen_tiles_hold_for_their_calls_alone(
     first, second = (with_tiles(package, pair) for pair in list(pairs.values())[:2])
     for function, call in ((first, "a"), (second, "b"), (first, "c")):
         function(call)
-    assert ran == [("a", pairs["moegen"]), ("b", pairs["cooperative 64"]), ("c", pairs["moegen"])]
+    assert ran == [("a", pairs["moegen"]), ("b", pairs["portable"]), ("c", pairs["moegen"])]
     assert "_run" not in vars(public)
 
 
@@ -66,7 +66,7 @@ def test_all_of_it_compiles(tool: Any, build: Callable[..., ModuleType]) -> None
     with tool.CompilePool(2) as pool:
         done = [future.result() for future in tool.compile_ahead(pool, request, H200)]
     assert [one.failure for one in done if one.failure] == []
-    assert {"gemm1", "gemm2_cooperative"} <= {kernel.kernel for one in done for kernel in one.kernels}
+    assert {"gemm1", "layer_cooperative"} <= {kernel.kernel for one in done for kernel in one.kernels}
 
 
 def test_a_line_a_cell(tool: Any) -> None:

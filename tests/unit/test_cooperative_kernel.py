@@ -17,11 +17,12 @@ from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal_pair
 from moegen.runtime.weight import Weight
 from moegen.spec import Parallel
 from tests.support.align_model import align_vectorised
-from tests.support.gluon_gemm import PythonKernel
+from tests.support.gluon_gemm import PROGRAMS, PythonKernels
 from tests.support.packages import TOLERANCE, make_inputs, oracle, relative_error
 
 WIDE = TileConfig(128, 256, 128, 2, PDL=True, num_warps=8, num_stages=4, family="cooperative")
-NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=3)
+NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=5)
+SHORT = replace(WIDE, num_stages=3)
 LOW = replace(WIDE, BLOCK_SIZE_M=64, num_stages=5)
 FLAT = replace(LOW, num_stages=4)
 PAIRS = {
@@ -29,6 +30,8 @@ PAIRS = {
     "wide": LayerTiles(WIDE, WIDE),
     "narrow": LayerTiles(NARROW, NARROW),
     "both": LayerTiles(NARROW, WIDE),
+    "short": LayerTiles(SHORT, SHORT),
+    "flat": LayerTiles(FLAT, FLAT),
     "low, narrow": LayerTiles(replace(LOW, BLOCK_SIZE_N=128), FLAT),
 }
 QUANTS = BLOCKS, _, _ = ("fp8_w8a8:128x128", "fp8_w8a8:channel", "none")
@@ -44,6 +47,8 @@ SIZES = {"num_experts": 5, "top_k": 2, "hidden_size": 400, "intermediate_size": 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "wide": (FP8, "wide"),
     "narrow": (FP8, "narrow"),
+    "short": (FP8, "short"),
+    "low, joined": (FP8, "flat"),
     "both": (FP8, "both"),
     "one step": ({**FP8, "hidden_size": 48, "intermediate_size": 128}, "wide"),
     "bias": ({**FP8, "bias": True, "dtypes": ("float16",)}, "wide"),
@@ -64,7 +69,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "int8 channel": ({"quant": ("int8_w8a8:channel",), "intermediate_size": 336}, "wide"),
     "int8 channel, not gated": ({"quant": ("int8_w8a8:channel",), "activation": "relu2_no_mul"}, "both"),
     "int8 tensor, shard": ({"quant": ("int8_w8a8:tensor",), "num_experts": 6, "parallel": (Parallel(ep=2),)}, "narrow"),
-    **{f"16 bits, {pair}": ({"intermediate_size": 344}, pair) for pair in PAIRS},
+    **{f"16 bits, {pair}": ({"intermediate_size": 344}, pair) for pair in PAIRS if pair != "short"},
     "16 bits, bias": ({"dtypes": ("float16",), "bias": True, "hidden_size": 328}, "wide"),
     "16 bits, not gated": ({"activation": "relu2_no_mul", "bias": True, "intermediate_size": 88}, "wide"),
     "16 bits, low, not gated": ({"activation": "relu2_no_mul", "intermediate_size": 344}, "low, narrow"),
@@ -108,6 +113,7 @@ def run(
     tiles: LayerTiles,
     monkeypatch: pytest.MonkeyPatch,
     on_input: bool = False,
+    at_once: int = PROGRAMS,
 ) -> torch.Tensor:
     layer, x = package.LAYERS[0], arguments["hidden_states"]
     if layer.gemm("gemm1").a_bits == 16:
@@ -117,7 +123,8 @@ def run(
     def activation(*sides: torch.Tensor) -> torch.Tensor:
         return apply_activation(torch.cat(sides, -1), layer.activation)
 
-    monkeypatch.setattr(cooperative, "_kernel", lambda _: PythonKernel(activation))
+    monkeypatch.setattr(cooperative, "_kernel", PythonKernels(activation, at_once).kernel)
+    monkeypatch.setattr(cooperative, "multiprocessors", lambda _: PROGRAMS)
     monkeypatch.setattr(cooperative, "quantise", quantise)
     monkeypatch.setattr(cooperative, "top_k_reduce", reduce)
     weights = [Weight.of(name, arguments[name], arguments) for name in ("w13", "w2")]
@@ -126,7 +133,8 @@ def run(
                 torch.full_like(x, float("nan")))  # fmt: skip
     experts = layer.local_experts if expert_map is None else layer.num_experts
     assignment = align_vectorised(call.topk_ids, tiles.gemm1.BLOCK_SIZE_M, experts, expert_map, True, True)
-    cooperative.run_cooperative(layer, call, tiles, assignment, experts)
+    counters = torch.zeros(2 + assignment[1].numel(), dtype=torch.int32)
+    cooperative.run_cooperative(layer, call, tiles, assignment, counters, experts)
     return call.out
 
 
@@ -142,7 +150,7 @@ def test_layers(case: str, build: Callable[..., ModuleType], monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("quant", "pair"), [(quant, pair) for quant in QUANTS for pair in PAIRS if (quant, pair) != (BLOCKS, "low, narrow")]
+    ("quant", "pair"), [(quant, pair) for quant in QUANTS for pair in PAIRS if pair not in ("short", "low, narrow")]
 )
 def test_weight_on_input(
     quant: str, pair: str, build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
@@ -152,6 +160,16 @@ def test_weight_on_input(
     arguments["topk_weights"] = arguments["topk_weights"] * 0.3
     wanted = oracle(package.LAYERS[0], arguments, apply_router_weight_on_input=True)
     assert relative_error(run(package, arguments, PAIRS[pair], monkeypatch, on_input=True), wanted) < 2e-2
+
+
+@pytest.mark.parametrize("quant", [BLOCKS, "none"])
+def test_no_program_needs_another_one_to_run(
+    quant: str, build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of two streams may share the GPU: what waits for gemm1's rows may not wait for a program to begin."""
+    package = build(**{**SIZES, "quant": (quant,)})
+    arguments = make_inputs(package.LAYERS[0], 150)
+    assert torch.equal(*(run(package, arguments, PAIRS["wide"], monkeypatch, at_once=count) for count in (1, PROGRAMS)))
 
 
 def test_nothing_to_compute(build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,8 @@ def test_the_same_seed_asks_the_same() -> None:
 def test_warm_starts_come_first_and_those_of_elsewhere_are_ignored() -> None:
     space = SWEEPS[16].space
     kind = Kind("portable", 32)
-    warm = [LayerTiles(space.gemm1[kind].tiles[40], space.gemm2[kind].tiles[7]), SWEEPS[4096].space.default]
+    elsewhere = SWEEPS[4096].space.start(Kind("portable", 128))
+    warm = [LayerTiles(space.gemm1[kind].tiles[40], space.gemm2[kind].tiles[7]), elsewhere]
     _, asked = run(16, warm=warm)
     assert asked.asked[:2] == [space.default, warm[0]]
     assert warm[1] not in asked.asked
@@ -148,7 +149,12 @@ def test_nothing_runs() -> None:
             super().measure(tokens, tiles, best_us)
             return Measurement("compile", message="no compiler")
 
-    with pytest.raises(NothingRuns, match=f"16 tokens: .* {2 + 2 * BATCH} compile"):
+    space = SWEEPS[16].space
+    near = [
+        [len(list(own[kind].neighbours(own[kind].start))) for own in (space.gemm1, space.gemm2)] for kind in space.kinds
+    ]
+    tried = sum(1 + min(BATCH, *counts) for counts in near)
+    with pytest.raises(NothingRuns, match=f"16 tokens: .* {tried} compile"):
         run(16, Broken(SWEEPS[16]))
 
 

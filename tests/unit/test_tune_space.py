@@ -58,11 +58,14 @@ def test_block_sizes_lie_around_the_mean_number_of_slots(tokens: int, sizes: tup
     assert (Kind("stream", 1) in kinds) == (tokens == 1)
 
 
-@pytest.mark.parametrize(("tokens", "sizes"), [(512, (64, 128)), (256, ())])
-def test_block_scales_of_many_slots_may_take_the_family_cooperative(tokens: int, sizes: tuple[int, ...]) -> None:
-    kinds = space_of(tokens, "fp8 block").kinds
+@pytest.mark.parametrize("quant", ["fp8 block", "fp8", "bf16"])
+@pytest.mark.parametrize(("tokens", "sizes"), [(512, (64, 128)), (16, (64, 128)), (4, ())])
+def test_from_half_a_slot_an_expert_on_the_family_cooperative_is_tried(
+    tokens: int, sizes: tuple[int, ...], quant: str
+) -> None:
+    kinds = space_of(tokens, quant).kinds
     assert tuple(kind.block_m for kind in kinds if kind.family == "cooperative") == sizes
-    assert {kind.family for kind in space_of(tokens, "fp8 block", TARGETS["cuda:100"]).kinds} == {"portable"}
+    assert {kind.family for kind in space_of(tokens, quant, TARGETS["cuda:100"]).kinds} == {"portable"}
 
 
 @pytest.mark.parametrize(("quant", "tokens"), [("fp8 block", 4096), ("bf16", 1)])
@@ -77,10 +80,6 @@ def test_a_sweep_knows_the_families_that_it_was_recorded_with(quant: str, tokens
     assert space.default.gemm1.family == "portable"
     assert space.default in space
     assert {op: set(space.tiles(op)) for op in OPS} == {op: set(tiles) for op, tiles in old.items()}
-
-
-def test_only_block_scales_take_the_family_cooperative() -> None:
-    assert {kind.family for kind in space_of(512, "fp8").kinds} == {"portable"}
 
 
 def test_near_the_rule_both_assignments_are_tried() -> None:
