@@ -35,7 +35,12 @@ WANTED = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
 GEMMS = ("gemm1", "gemm2")
 STREAM = "stream_layer"
 # Two products and their sums fill the registers of wide tiles: some addresses go to memory, outside the loop.
-MOST_SPILLS = {"cooperative": 16, "cooperative, int8, un-gated": 64, "cooperative, int8 channel": 8}
+MOST_SPILLS = {
+    "cooperative": 16,
+    "cooperative, channel": 8,
+    "cooperative, int8, un-gated": 64,
+    "cooperative, int8 channel": 8,
+}
 # Triton has no conversion from or to e4m3 on compute capability 8.0, and these schemes store or compute with it.
 NO_FP8 = {
     "cuda:80": tuple(q for q in (*SCHEMES, "fp8_w8a8:128x128") if q.startswith(("fp8", "mxfp8", "nvfp4", "mxfp4_w4a8")))
