@@ -32,7 +32,7 @@ def _router_weights(slots, routing, S: gl.constexpr):
 
 
 @gluon.jit
-def _along_rows(vector, values):
+def each_row(vector, values):
     """vector [64] ready to broadcast against values [64, N]: their rows are where the products' are."""
     return gl.expand_dims(gl.convert_layout(vector, gl.SliceLayout(1, values.type.layout), assert_trivial=True), 1)
 
@@ -42,7 +42,7 @@ def _times_scales(values, scales, routing, expert, slots, first, start, column, 
     """values [64, N], sums of quantised products, times their scales; start: of the weight rows of column 0."""
     if S.token_scales:
         rows = rows_of(slots, first, routing, S)
-        values *= _along_rows(gl.load(scales[0] + rows), values)
+        values *= each_row(gl.load(scales[0] + rows), values)
     else:
         values *= gl.load(scales[0])
     if S.row_scales:
@@ -142,17 +142,17 @@ def finish(low, high, expert, slots, first, column, routing, scales, results, pa
         if S.has_high:
             high = _times_scales(high, scales, routing, expert, slots, first, high_start, high_column, S)
     if WEIGHT_FIRST:
-        low *= _along_rows(weights, low)
+        low *= each_row(weights, low)
         if S.has_high:
-            high *= _along_rows(weights, high)
+            high *= each_row(weights, high)
     if bias is not None:
         low = _add_bias(low, bias, start, column, S)
         if S.has_high:
             high = _add_bias(high, bias, high_start, high_column, S)
     if S.weighted and not WEIGHT_FIRST:
-        low *= _along_rows(weights, low)
+        low *= each_row(weights, low)
         if S.has_high:
-            high *= _along_rows(weights, high)
+            high *= each_row(weights, high)
     if S.gated:
         _store(ACTIVATION(low, high), stored, results, routing, first, column, part, turn, DTYPE, S)
     else:

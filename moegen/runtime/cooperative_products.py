@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .cooperative_finish import EACH, GROUP, rows_of
+from .cooperative_finish import EACH, GROUP, each_row, rows_of
 from .decode import decode_scale
 from .stream_parts import asm, next_stage
 
@@ -57,8 +57,7 @@ def _columns(values):
 @gluon.jit
 def _scaled(product, factor):
     """product [64, N] times factor [64]."""
-    factor = gl.convert_layout(factor, gl.SliceLayout(1, product.type.layout), assert_trivial=True)
-    return product.to(gl.float32) * gl.expand_dims(factor, 1)
+    return product.to(gl.float32) * each_row(factor, product)
 
 
 @gluon.jit

@@ -170,7 +170,7 @@ def cooperative_memory(tile: "TileConfig", *gemms: "Gemm") -> int:
     part_n = tile.BLOCK_SIZE_N if tile.BLOCK_SIZE_M == 128 else tile.BLOCK_SIZE_N // 2
     results = maxima = 0
     for gemm in gemms:
-        quantised = gemm.op == "gemm1" and gemm.group_k > 0 and quantises_hidden(tile, gemm)
+        quantised = gemm.op == "gemm1" and quantises_hidden(tile, gemm)
         wide = min(GROUP, part_n // 2 if gemm.gated else part_n)
         results = max(results, 2 * 64 * wide * (1 if quantised else 2))
         if quantised and gemm.gated and part_n <= GROUP:

@@ -70,7 +70,7 @@ def jobs_of(folder: Path, slug: str, device: DeviceFacts, tokens: int, tiles: La
     if tiles.gemm1.family == "cooperative":  # both tile configs decide whether one kernel runs both GEMMs
         return [job(op, tiles.gemm1, tiles.gemm2) for op in ("others", *OPS)]
     gemms = [job(op, tile, tile) for op, tile in zip(OPS, (tiles.gemm1, tiles.gemm2), strict=True)]
-    plain = [TileConfig(t.BLOCK_SIZE_M, 64, 64, PDL=t.PDL, family=t.family) for t in (tiles.gemm1, tiles.gemm2)]
+    plain = [TileConfig(t.BLOCK_SIZE_M, 64, 64, PDL=t.PDL) for t in (tiles.gemm1, tiles.gemm2)]
     return [job("others", *plain), *gemms]
 
 
