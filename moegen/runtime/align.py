@@ -12,6 +12,9 @@ Every program knows the histogram of all ids, hence where each expert's run star
 
 Few ids are counted anew by every program: a second launch would cost more than the counting. Many ids are counted once,
 chunk by chunk, by a first launch; the second launch then sums rows of that scratch table instead of reading ids.
+
+Meanwhile the memory is idle, and the GEMM behind will begin with the first experts. So further programs may bring the
+first of the weights into L2, as far as their experts have slots.
 """
 
 from typing import NamedTuple
@@ -31,6 +34,9 @@ MAP_BLOCKS = tl.constexpr(2)  # all global experts are sorted, expert_ids become
 
 BLOCK_TILE = tl.constexpr(64)  # M blocks that a block program handles at a time
 
+FETCHED = tl.constexpr(2048)  # bytes of weights, by one thread
+_MOST_FETCHED = 24 << 20  # bytes: what the memory could deliver while this, and the GEMM's beginning, take their time
+
 # At most this many programs a role, so that they all run at once on a large GPU: each reads the whole scratch table.
 _PROGRAMS = 128
 # numel * (bins + 128) is proportional to the cycles that one program spends on counting all ids: tl.histogram compiles
@@ -42,9 +48,11 @@ _MAX_INT32 = 2**31 - 1
 # slices of one allocation, and 16-byte accesses would gain next to nothing here.
 _PLAIN_INTS = (
     "numel", "num_experts", "block_size", "length", "num_blocks", "chunk_size", "num_chunks", "blocks_per_program",
+    "block_programs", "expert_bytes", "bytes_fetched",
 )  # fmt: skip
 _POINTERS = (
     "topk_ids", "expert_map", "chunk_counts", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "counters",
+    "first_rows", "weights",
 )  # fmt: skip
 
 
@@ -142,10 +150,13 @@ def _write_slots(
 
 @triton.jit
 def _write_blocks(
-    expert_map, sorted_token_ids, expert_ids, counters, run_end, slot_end, total, first, end, numel, length, block_size,
-    MAPPING: tl.constexpr,
+    expert_map, sorted_token_ids, expert_ids, counters, first_rows, run_end, slot_end, padding_before, total,
+    first, end, numel, length, block_size, MAPPING: tl.constexpr,
 ):  # fmt: skip
-    """Expert and padding of the blocks first … end − 1; run_end, slot_end [BINS]: run ends with, without padding."""
+    """Expert, padding and first row of the blocks first … end − 1.
+
+    run_end, slot_end [BINS]: where runs end with and without their padding; padding_before [BINS]: of all before them.
+    """
     TILE: tl.constexpr = BLOCK_TILE
     WIDTH: tl.constexpr = 16
     run_end_block = run_end // block_size
@@ -166,6 +177,9 @@ def _write_blocks(
         tl.store(expert_ids + blocks, owner, mask=blocks < end)
         if counters is not None:
             tl.store(counters + NUM_TICKETS + blocks, 0, mask=blocks < end)
+        if first_rows is not None:
+            row = tl.where(live, starts - tl.gather(padding_before, known, 0), 0)
+            tl.store(first_rows + blocks, row, mask=blocks < end)
         # A loop of fixed width instead of a constexpr block size: one compiled kernel serves every block size.
         for column in range(0, block_size, WIDTH):
             offsets = column + tl.arange(0, WIDTH)
@@ -175,15 +189,45 @@ def _write_blocks(
             tl.store(sorted_token_ids + positions, padding, mask=inside & (positions >= padding_from[:, None]))
 
 
+@triton.jit
+def _fetch_weights(
+    topk_ids, expert_map, weights, program, numel, num_experts, expert_bytes, bytes_fetched,
+    MAPPING: tl.constexpr, COUNT_TILE: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Into L2: a program's share of the first `bytes_fetched` of weights, if some of the first ids want that expert."""
+    start = program * (THREADS * FETCHED)
+    experts = _load_experts(topk_ids, expert_map, tl.arange(0, COUNT_TILE), numel, num_experts, MAPPING)
+    wanted = tl.max((experts == start // expert_bytes).to(tl.int32), 0)
+    offsets = start + tl.arange(0, THREADS) * FETCHED
+    inside = (offsets <= bytes_fetched - FETCHED).to(tl.int32) * wanted
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r", [weights.to(tl.int64) + offsets, inside, FETCHED], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=_PLAIN_INTS, do_not_specialize_on_alignment=_POINTERS)
 def align_kernel(
     topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded, counters,
-    numel, num_experts, block_size, length, num_blocks, chunk_size, num_chunks, blocks_per_program,
+    first_rows, numel, num_experts, block_size, length, num_blocks, chunk_size, num_chunks, blocks_per_program,
+    block_programs, weights, expert_bytes, bytes_fetched,
     MAPPING: tl.constexpr, BINS: tl.constexpr, COUNT_TILE: tl.constexpr, SLOT_TILE: tl.constexpr, PDL: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 … num_chunks − 1 are slot programs, the rest block programs; every entry is written exactly once."""
+    """num_chunks slot programs, block_programs block programs, and those that fetch weights, if there are weights.
+
+    Every entry is written exactly once.
+    """
     pdl_begin(PDL)
     program = tl.program_id(0)
+    if weights is not None:
+        fetches = program - num_chunks - block_programs
+        if fetches >= 0:
+            _fetch_weights(
+                topk_ids, expert_map, weights, fetches, numel, num_experts, expert_bytes, bytes_fetched,
+                MAPPING, COUNT_TILE, THREADS,
+            )  # fmt: skip
+            return
     first = program * chunk_size
     if chunk_counts is None:
         before, counts = _count_ids(topk_ids, expert_map, 0, first, numel, num_experts, MAPPING, BINS, COUNT_TILE)
@@ -204,8 +248,11 @@ def align_kernel(
             tl.store(num_tokens_post_padded, total)
             if counters is not None:
                 tl.store(counters + tl.arange(0, NUM_TICKETS), 0)
+            if first_rows is not None:
+                tl.store(first_rows + num_blocks, tl.sum(counts, 0))
         _write_blocks(
-            expert_map, sorted_token_ids, expert_ids, counters, run_end, run_start + counts, total, first_block,
+            expert_map, sorted_token_ids, expert_ids, counters, first_rows, run_end, run_start + counts,
+            run_end - tl.cumsum(counts, 0) - (padded - counts), total, first_block,
             tl.minimum(first_block + blocks_per_program, num_blocks), numel, length, block_size, MAPPING,
         )  # fmt: skip
 
@@ -261,6 +308,8 @@ def align_into(
     ignore_invalid_experts: bool = False,
     scratch: torch.Tensor | None = None,
     pdl: bool = False,
+    weights: torch.Tensor | None = None,
+    first_rows: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
 ) -> None:
     """`moe_align_block_size` into given buffers: nothing is allocated, every entry of the three outputs is written.
@@ -270,12 +319,17 @@ def align_into(
     num_tokens_post_padded int32 [1]
     scratch                int32, at least `align_scratch_size(...)` elements, contents irrelevant; None if that is 0
     pdl                    programmatic dependent launch (kernel_parts.pdl_begin)
+    weights                [num_experts, …] of any type, the first of which are brought into L2 if pdl
     counters               int32 [NUM_TICKETS + cdiv(L, block_size)], set to 0 for kernels behind that count with them
+    first_rows             int32 [cdiv(L, block_size) + 1]: how many slots stand before each block, padding not
+                           counted; 0 behind the last used one; the last entry is the number of all slots
     Raises ValueError for wrong sizes, TypeError for wrong dtypes.
     """
     _check_inputs(topk_ids, num_experts, expert_map)
     numel, length, num_blocks = topk_ids.numel(), sorted_token_ids.numel(), expert_ids.numel()
-    _check_buffers(numel, block_size, num_experts, sorted_token_ids, expert_ids, num_tokens_post_padded, counters)
+    _check_buffers(
+        numel, block_size, num_experts, sorted_token_ids, expert_ids, num_tokens_post_padded, counters, first_rows
+    )
     tiles = align_launch_key(numel, num_experts)
     chunk_size = _share(numel, tiles.slot_tile)
     num_chunks = _ceil_div(numel, chunk_size)
@@ -291,9 +345,16 @@ def align_into(
     # One block program at least: with no ids at all it still writes num_tokens_post_padded = 0.
     blocks_per_program = _share(num_blocks, BLOCK_TILE.value)
     block_programs = max(1, _ceil_div(num_blocks, blocks_per_program))
-    align_kernel[(num_chunks + block_programs,)](
-        topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded, counters,
+    threads = 32 * tiles.num_warps
+    expert_bytes = bytes_fetched = fetches = 0
+    if weights is not None and pdl and _may_be_fetched(weights):
+        expert_bytes = weights.stride(0) * weights.element_size()
+        bytes_fetched = min(_MOST_FETCHED, weights.numel() * weights.element_size())
+        fetches = _ceil_div(bytes_fetched, threads * FETCHED.value)
+    align_kernel[(num_chunks + block_programs + fetches,)](
+        topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded, counters, first_rows,
         numel, num_experts, block_size, length, num_blocks, chunk_size, num_chunks, blocks_per_program,
+        block_programs, weights if fetches else None, expert_bytes, bytes_fetched, THREADS=threads,
         MAPPING=mapping, BINS=tiles.bins, COUNT_TILE=tiles.count_tile, SLOT_TILE=tiles.slot_tile, PDL=pdl,
         num_warps=tiles.num_warps, **pdl_option(pdl),
     )  # fmt: skip
@@ -342,6 +403,11 @@ def _share(total: int, tile: int) -> int:
     return max(1, _ceil_div(total, tile * _PROGRAMS)) * tile
 
 
+def _may_be_fetched(weights: torch.Tensor) -> bool:
+    """Whether the tensor is in one piece, where and as large as bulk copies want it."""
+    return weights.is_contiguous() and weights.data_ptr() % 16 == 0 and weights.numel() > 0
+
+
 def _mapping(expert_map: torch.Tensor | None, ignore_invalid_experts: bool) -> int:
     if expert_map is None:
         return int(NO_MAP.value)
@@ -367,6 +433,7 @@ def _check_buffers(
     expert_ids: torch.Tensor,
     num_tokens_post_padded: torch.Tensor,
     counters: torch.Tensor | None,
+    first_rows: torch.Tensor | None,
 ) -> None:
     needed, _ = align_lengths(numel, block_size, num_experts)
     length = sorted_token_ids.numel()
@@ -377,6 +444,7 @@ def _check_buffers(
         ("expert_ids", expert_ids, _ceil_div(length, block_size)),
         ("num_tokens_post_padded", num_tokens_post_padded, 1),
         ("counters", counters, NUM_TICKETS.value + expert_ids.numel()),
+        ("first_rows", first_rows, expert_ids.numel() + 1),
     ):
         if buffer is None:
             continue

@@ -1,6 +1,7 @@
 """The family "cooperative" (cooperative_kernel.py): two groups of warps share a tile, a third one loads.
 
-gemm1 gathers the tokens and leaves `hidden` in the order of the aligned assignment, so that gemm2 reads blocks of rows.
+gemm1 gathers the tokens and leaves `hidden` in the order of the aligned assignment, less its padding, so that gemm2
+reads blocks of rows. A block's last rows may be the next expert's: what is made of those is not stored.
 """
 
 import functools
@@ -22,8 +23,8 @@ from .weight import scale_bytes
 if TYPE_CHECKING:
     from .layer import Call, Layer
 
-# sorted_token_ids, expert_ids, num_tokens_post_padded of the aligned assignment
-SortedSlots = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Outputs of align_into: sorted_token_ids, expert_ids, num_tokens_post_padded, first_rows.
+SortedSlots = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 _SWIZZLE = 128  # bytes, as the tensor cores read tiles
 _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -61,8 +62,7 @@ def run_cooperative(
 ) -> None:
     """`layer.run` after the aligned assignment, for tile configs of this family; counters: those of align_into."""
     x, w13, w2, pdl = call.hidden_states, call.w13, call.w2, tiles.gemm1.PDL
-    sorted_ids, slots = assignment[0], call.topk_ids.numel()
-    rows, columns = sorted_ids.numel(), layer.intermediate_size
+    slots, columns = call.topk_ids.numel(), layer.intermediate_size
     gemm1 = layer.gemm("gemm1")
     joined, quantised = joins(tiles, gemm1), quantises_hidden(tiles.gemm1, gemm1)
     sizes = [
@@ -73,8 +73,8 @@ def run_cooperative(
     a = Activations(a.values.contiguous(), a.scale)  # tokens that were not quantised may have gaps between them
     scale = None
     if quantised:
-        scale = x.new_empty((rows, triton.cdiv(columns, layer.scheme.group_k)), dtype=torch.float32)
-    hidden = Activations(x.new_empty((rows, columns), dtype=w2.values.dtype if quantised else x.dtype), scale)
+        scale = x.new_empty((slots, triton.cdiv(columns, layer.scheme.group_k)), dtype=torch.float32)
+    hidden = Activations(x.new_empty((slots, columns), dtype=w2.values.dtype if quantised else x.dtype), scale)
     slot_outputs = x.new_empty((slots, layer.hidden_size))
     weights = [_weights(w.values, one, x) for w, one in zip((w13, w2), sizes, strict=True)]
     scales = [scale_bytes(w.scale) for w in (w13, w2)]
@@ -102,8 +102,8 @@ def run_cooperative(
             S=sizes[0],
         )  # fmt: skip
         if not quantised:
-            live = Slots(sorted_ids, None, slots, slots)  # a row holds values iff it has a slot
-            hidden = quantise(hidden.values, layer.scheme, w2.values.dtype, w2.input_scale, live, pdl)
+            written = Slots(None, None, 0, 0, num_live=assignment[3][-1:])
+            hidden = quantise(hidden.values, layer.scheme, w2.values.dtype, w2.input_scale, written, pdl)
         launch(
             "gemm2_cooperative", _sorted_rows(hidden, tiles.gemm2), weights[1], w2.bias, slot_outputs, None, *routing,
             second, slots, hidden.scale, scales[1], S=sizes[1],

@@ -14,12 +14,12 @@ EACH: gl.constexpr = gl.constexpr(64)  # slots of a consumer: the rows of a wgmm
 
 
 @gluon.jit
-def rows_of(slots, first, routing, S: gl.constexpr):
-    """The rows [64] of a that the sorted slots from `first` on read; padding has some row as well."""
+def rows_of(slots, row, routing, S: gl.constexpr):
+    """The rows [64] of a that sorted slots read, those of `hidden` from `row` on; padding has some row as well."""
     if S.gathers:
         return gl.minimum(slots, routing[4] - 1) // S.top_k
     else:
-        return first + gl.arange(0, EACH, layout=slots.type.layout)
+        return gl.minimum(row + gl.arange(0, EACH, layout=slots.type.layout), routing[4] - 1)
 
 
 @gluon.jit
@@ -38,10 +38,10 @@ def each_row(vector, values):
 
 
 @gluon.jit
-def _times_scales(values, scales, routing, expert, slots, first, start, column, S: gl.constexpr):
+def _times_scales(values, scales, routing, expert, slots, row, start, column, S: gl.constexpr):
     """values [64, N], sums of quantised products, times their scales; start: of the weight rows of column 0."""
     if S.token_scales:
-        rows = rows_of(slots, first, routing, S)
+        rows = rows_of(slots, row, routing, S)
         values *= each_row(gl.load(scales[0] + rows), values)
     else:
         values *= gl.load(scales[0])
@@ -71,7 +71,7 @@ def _of_both(largest, maxima, met, part: gl.constexpr, turn):
 
 
 @gluon.jit
-def _quantised(values, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr,
+def _quantised(values, results, routing, first, row, column, part: gl.constexpr, turn, DTYPE: gl.constexpr,
                S: gl.constexpr):  # fmt: skip
     """values [64, 128], a group, or a consumer's half of one, in the type of out; stores the scales.
 
@@ -88,11 +88,11 @@ def _quantised(values, results, routing, first, column, part: gl.constexpr, turn
     if S.shares_groups:
         largest = _of_both(largest, results[3], results[4], part, turn)
     step = group_scale(largest, 1e-10, LARGEST, S.ue8m0)
-    position = first + gl.arange(0, EACH, layout=step.type.layout)
-    live = gl.load(routing[1] + position) < routing[4]
+    lane = gl.arange(0, EACH, layout=step.type.layout)
+    live = gl.load(routing[1] + first + lane) < routing[4]
     # Of two consumers that share a group the first one stores its scale.
     mine = (column % GROUP == 0) & (column < S.columns)
-    gl.store(results[1] + position * GROUPS + column // GROUP, step, mask=live & mine)
+    gl.store(results[1] + (row + lane) * GROUPS + column // GROUP, step, mask=live & mine)
     return to_8_bit(divide(values, gl.expand_dims(step, 1)), LARGEST, out.dtype.element_ty)
 
 
@@ -110,25 +110,28 @@ def _destination(low, results, routing, first):
 
 
 @gluon.jit
-def _store(values, slots, results, routing, first, column, part: gl.constexpr, turn, DTYPE: gl.constexpr,
+def _store(values, slots, results, routing, first, row, column, part: gl.constexpr, turn, DTYPE: gl.constexpr,
            S: gl.constexpr):  # fmt: skip
-    """values [64, N] to the columns from `column` on: gemm1's in sorted order, gemm2's to their slots."""
+    """values [64, N] to the columns from `column` on: gemm1's to the rows from `row` on, gemm2's to their slots."""
     N: gl.constexpr = values.shape[1]
     STORED: gl.constexpr = slots.type.layout.parent
     out = results[0]
     if results[1] is not None:
-        values = _quantised(values, results, routing, first, column, part, turn, DTYPE, S)
+        values = _quantised(values, results, routing, first, row, column, part, turn, DTYPE, S)
     values = gl.convert_layout(values.to(out.dtype.element_ty), STORED)
-    row = first + gl.arange(0, EACH, layout=slots.type.layout) if S.gathers else slots
+    rows = row + gl.arange(0, EACH, layout=slots.type.layout) if S.gathers else slots
     columns = gl.expand_dims(column + gl.arange(0, N, layout=gl.SliceLayout(0, STORED)), 0)
     inside = gl.expand_dims(slots < routing[4], 1) & (columns < S.columns)
-    gl.store(out + (gl.expand_dims(row.to(gl.int64) * S.columns, 1) + columns), values, mask=inside)
+    gl.store(out + (gl.expand_dims(rows.to(gl.int64) * S.columns, 1) + columns), values, mask=inside)
 
 
 @gluon.jit
-def finish(low, high, expert, slots, first, column, routing, scales, results, part: gl.constexpr, turn,
+def finish(low, high, expert, slots, first, row, column, routing, scales, results, part: gl.constexpr, turn,
            ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
-    """What follows the products: scales, router's weights, bias, activation, stores. `high` counts if S.has_high."""
+    """What follows the products: scales, router's weights, bias, activation, stores. `high` counts if S.has_high.
+
+    first: place in the assignment of the first of slots [64]; row: that of `hidden` which it has.
+    """
     # Loads whose results are wanted at the end, or late.
     stored = _destination(low, results, routing, first)
     weights = _router_weights(slots, routing, S)
@@ -138,9 +141,9 @@ def finish(low, high, expert, slots, first, column, routing, scales, results, pa
     high_start = start + S.columns if S.gated else start
     high_column = column if S.gated else column + low.shape[1]
     if scales[0] is not None and not S.grouped:
-        low = _times_scales(low, scales, routing, expert, slots, first, start, column, S)
+        low = _times_scales(low, scales, routing, expert, slots, row, start, column, S)
         if S.has_high:
-            high = _times_scales(high, scales, routing, expert, slots, first, high_start, high_column, S)
+            high = _times_scales(high, scales, routing, expert, slots, row, high_start, high_column, S)
     if WEIGHT_FIRST:
         low *= each_row(weights, low)
         if S.has_high:
@@ -154,9 +157,11 @@ def finish(low, high, expert, slots, first, column, routing, scales, results, pa
         if S.has_high:
             high *= each_row(weights, high)
     if S.gated:
-        _store(ACTIVATION(low, high), stored, results, routing, first, column, part, turn, DTYPE, S)
+        _store(ACTIVATION(low, high), stored, results, routing, first, row, column, part, turn, DTYPE, S)
     else:
-        _store(ACTIVATION(low) if S.gathers else low, stored, results, routing, first, column, part, turn, DTYPE, S)
+        _store(
+            ACTIVATION(low) if S.gathers else low, stored, results, routing, first, row, column, part, turn, DTYPE, S
+        )
         if S.has_high:
             high = ACTIVATION(high) if S.gathers else high
-            _store(high, stored, results, routing, first, high_column, part, turn, DTYPE, S)
+            _store(high, stored, results, routing, first, row, high_column, part, turn, DTYPE, S)

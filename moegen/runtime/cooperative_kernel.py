@@ -13,7 +13,8 @@ consumers have finished all its tiles. Whoever draws a tile runs already, and ti
 everybody waits for is always at work, however few programs the GPU has room for.
 
 S is a CooperativeSizes (S2 gemm2's where both run); routing is (topk_weights [num_slots], sorted_token_ids, expert_ids,
-num_tokens_post_padded, num_slots), ring (tiles of a, blocks of w, the barriers that say they are empty and loaded),
+num_tokens_post_padded, num_slots, first_rows: the row of `hidden` in which each block of sorted slots begins, since it
+has no rows for padding), ring (tiles of a, blocks of w, the barriers that say they are empty and loaded),
 posts (numbers of tiles, the barriers that say they are there), flow (the next tile, how many this block had, stage and
 phase of the ring), results (out, out_scale, bias, and for consumers that share groups the maxima that they exchange and
 a barrier). Gluon, hence imported only where the family runs (cooperative.py).
@@ -128,6 +129,8 @@ def _produce_gemm(a, w, base, routing, counters, posts, ring, flow, AWAITED: gl.
     expert = _expert(routing, pid_m, S)
     if S.gathers:
         slots = _slots(routing, pid_m * BLOCK_M, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    else:
+        row = gl.load(routing[5] + pid_m)
     while tile < end:
         ahead = _draw(ticket, posts, count + 1, S)
         ahead_m, ahead_n = _place(ahead - base, num_m, S)
@@ -138,6 +141,8 @@ def _produce_gemm(a, w, base, routing, counters, posts, ring, flow, AWAITED: gl.
             depth = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, LAYOUT)), 0)
             pointers = a + (gl.expand_dims(rows.to(gl.int64) * S.depth, 1) + depth)
             live, pointers = gl.broadcast(gl.expand_dims(slots < routing[4], 1), pointers)  # padding costs no traffic
+        else:
+            ahead_row = gl.load(routing[5] + ahead_m)
         for k in range(0, S.steps * STEP, STEP):
             mbarrier.wait(empty.index(stage), phase)
             bar = ready.index(stage)
@@ -160,7 +165,7 @@ def _produce_gemm(a, w, base, routing, counters, posts, ring, flow, AWAITED: gl.
                 if AWAITED > 0:  # noqa: SIM102 - the first one is decided by the compiler
                     if k == 0:
                         _await_rows(done, pid_m, AWAITED)
-                tma.async_copy_global_to_shared(a, [pid_m * BLOCK_M, k], bar, a_bufs.index(stage))
+                tma.async_copy_global_to_shared(a, [row, k], bar, a_bufs.index(stage))
             stage, phase = next_stage(stage, phase, S.stages)
         tile = ahead
         pid_m = ahead_m
@@ -168,6 +173,8 @@ def _produce_gemm(a, w, base, routing, counters, posts, ring, flow, AWAITED: gl.
         expert = ahead_expert
         if S.gathers:
             slots = ahead_slots
+        else:
+            row = ahead_row
         count += 1
     if S.gathers:
         async_copy.wait_group(0)
@@ -198,11 +205,13 @@ def _as_second(ring, w):
 
 @gluon.jit
 def _facts(routing, tile, num_m, skip: gl.constexpr, LEADS: gl.constexpr, LAYOUT: gl.constexpr, S: gl.constexpr):
-    """What a consumer has to know of a tile: expert, its sorted slots [64], and on request the first one once more."""
+    """What a consumer has to know of a tile: expert, its first row of `hidden`, sorted slots [64], and on request the
+    first of them once more.
+    """
     pid_m, _ = _place(tile, num_m, S)
     first = pid_m * S.block_m + skip
     lead = gl.load(routing[1] + first) if LEADS else 0
-    return _expert(routing, pid_m, S), _slots(routing, first, EACH, LAYOUT), lead
+    return _expert(routing, pid_m, S), gl.load(routing[5] + pid_m) + skip, _slots(routing, first, EACH, LAYOUT), lead
 
 
 @gluon.jit
@@ -222,7 +231,7 @@ def _consume_gemm(part: gl.constexpr, scales, results, base, routing, counters, 
     if S.takes_turns and part == 1:
         asm("bar.arrive " + FIRST_TURN)  # consumer 0 begins
     end = base + num_m * S.tiles_n
-    expert, slots, lead = _facts(routing, tile - base, num_m, SKIP, HALVED, ROWS, S)
+    expert, row, slots, lead = _facts(routing, tile - base, num_m, SKIP, HALVED, ROWS, S)
     while tile < end:
         ahead = _posted(posts, count + 1, S)
         pid_m, pid_n = _place(tile - base, num_m, S)
@@ -240,20 +249,20 @@ def _consume_gemm(part: gl.constexpr, scales, results, base, routing, counters, 
         else:
             if S.grouped:
                 low, high, place = multiply_groups(
-                    routing, scales, expert, slots, first, column, ring, place, nothing, part, S
+                    routing, scales, expert, slots, row, column, ring, place, nothing, part, S
                 )
             else:
                 low, high, place = multiply(ring, place, nothing, part, S)
             # Not earlier: products leave registers for no more.
             ahead_facts = _facts(routing, ahead - base, num_m, SKIP, HALVED, ROWS, S)
             finish(
-                low, high, expert, slots, first, column, routing, scales, results, part, count % 2,
+                low, high, expert, slots, first, row, column, routing, scales, results, part, count % 2,
                 ACTIVATION, DTYPE, S,
             )  # fmt: skip
         if S.joined and S.gathers:
             _release_rows(counters[1], pid_m)
         tile = ahead
-        expert, slots, lead = ahead_facts
+        expert, row, slots, lead = ahead_facts
         count += 1
     if S.takes_turns and part == 0:
         asm("bar.sync " + FIRST_TURN)  # takes consumer 1's last arrival
@@ -288,8 +297,8 @@ def _run(first, second, routing, counters, ACTIVATION: gl.constexpr, DTYPE: gl.c
     w: descriptor [E, sides, ROWS / sides, DEPTH], block S.weight_box.
     scales: with block scales of a [rows of a, steps] float32 and of w [E, row groups, steps] float32 or e8m0. Otherwise
     of a [rows of a] or [1], of w [E, ROWS] or [E], float32, or None and None.
-    results: out (gemm1's [sorted slots, columns], gemm2's [num_slots, columns] in (token, slot) order), its scales
-    [sorted slots, groups] float32 or None, bias [E, ROWS] or None.
+    results: out [num_slots, columns], gemm1's in the order of the assignment, gemm2's in (token, slot) order; its
+    scales [num_slots, groups] float32 or None; bias [E, ROWS] or None.
     """
     w = first[1]
     VALUES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * S.value_bytes, rank=2)
@@ -328,39 +337,43 @@ def _run(first, second, routing, counters, ACTIVATION: gl.constexpr, DTYPE: gl.c
 
 # The shared arguments of the kernels; sorted_token_ids and so on are the aligned assignment, of whose counters `ticket`
 # [1] counts the tiles that were drawn, and done [blocks] the parts of tiles that gemm1 has finished.
-_ANY_ALIGNMENT = ("topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "ticket", "done")
+_ANY_ALIGNMENT = (
+    "topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "first_rows", "ticket", "done",
+)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def gemm1_cooperative(
-    a, w, bias, out, out_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, ticket, num_slots,
-    a_scale, w_scale, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr, num_warps: gl.constexpr,
+    a, w, bias, out, out_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, first_rows, ticket,
+    num_slots, a_scale, w_scale, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Gathered tokens · w13ᵀ with activation, into `hidden` in sorted order."""
     gemm = (a, w, (a_scale, w_scale), (out, out_scale, bias))
-    routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots)
+    routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots, first_rows)
     _run(gemm, None, routing, (ticket, None), ACTIVATION, DTYPE, S, None, num_warps)
 
 
 @gluon.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def gemm2_cooperative(
-    a, w, bias, out, out_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, ticket, num_slots,
-    a_scale, w_scale, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr, num_warps: gl.constexpr,
+    a, w, bias, out, out_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, first_rows, ticket,
+    num_slots, a_scale, w_scale, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Sorted rows of `hidden` · w2ᵀ, each to its slot."""
     gemm = (a, w, (a_scale, w_scale), (out, out_scale, bias))
-    routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots)
+    routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots, first_rows)
     _run(gemm, None, routing, (ticket, None), ACTIVATION, DTYPE, S, None, num_warps)
 
 
 @gluon.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def layer_cooperative(
     a, w13, bias13, hidden, hidden_scale, rows, w2, bias2, out, topk_weights, sorted_token_ids, expert_ids,
-    num_tokens_post_padded, ticket, done, num_slots, a_scale, w13_scale, w2_scale, ACTIVATION: gl.constexpr,
+    num_tokens_post_padded, first_rows, ticket, done, num_slots, a_scale, w13_scale, w2_scale, ACTIVATION: gl.constexpr,
     DTYPE: gl.constexpr, S: gl.constexpr, S2: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Both, in one launch; `rows` is the descriptor of `hidden`."""
     first = (a, w13, (a_scale, w13_scale), (hidden, hidden_scale, bias13))
     second = (rows, w2, (hidden_scale, w2_scale), (out, None, bias2))
-    routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots)
+    routing = (topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded, num_slots, first_rows)
     _run(first, second, routing, (ticket, done), ACTIVATION, DTYPE, S, S2, num_warps)

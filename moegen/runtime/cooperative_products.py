@@ -61,12 +61,12 @@ def _scaled(product, factor):
 
 
 @gluon.jit
-def _scales(a_scale, w_scale, routing, expert, slots, row, first, S: gl.constexpr):
+def _scales(a_scale, w_scale, routing, expert, slots, column, row, S: gl.constexpr):
     """Where the scales of a consumer's part of a tile begin: of its rows [64], and of both halves of its columns."""
     HIGH: gl.constexpr = S.columns // GROUP if S.gated else 1  # groups from low to high
-    a_rows = rows_of(slots, first, routing, S)
+    a_rows = rows_of(slots, row, routing, S)
     last = (expert + 1) * S.row_groups - 1
-    group = gl.minimum(expert * S.row_groups + row // GROUP, last)
+    group = gl.minimum(expert * S.row_groups + column // GROUP, last)
     high = gl.minimum(group + HIGH, last)
     return a_scale + a_rows * S.steps, w_scale + group * S.steps, w_scale + high * S.steps
 
@@ -108,14 +108,14 @@ def multiply(ring, place, nothing, part: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def multiply_groups(routing, scales, expert, slots, first, column, ring, place, nothing, part: gl.constexpr,
+def multiply_groups(routing, scales, expert, slots, row, column, ring, place, nothing, part: gl.constexpr,
                      S: gl.constexpr):  # fmt: skip
     """`multiply` with block scales."""
     a_bufs, w_bufs, empty, ready = ring
     stage, phase = place
     ACC: gl.constexpr = nothing.type.layout
     FIRST_HALF: gl.constexpr = 0 if S.parts_by_rows else part
-    token_scales, low_scales, high_scales = _scales(scales[0], scales[1], routing, expert, slots, column, first, S)
+    token_scales, low_scales, high_scales = _scales(scales[0], scales[1], routing, expert, slots, column, row, S)
     # Of rows that appear while the kernel runs: once they are there, and past L1, which may hold lines of before.
     if S.joined and not S.gathers:
         mbarrier.wait(ready.index(stage), phase)

@@ -29,9 +29,6 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
     return family_tiles("cooperative", gemm1, gemm2, block_m, device) if block_m else None
 
 
-_MOST_PADDING = 60 * 10**6  # bytes of `hidden`, which "cooperative" pads (docs/performance.md, Memory)
-
-
 def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> int:
     """BLOCK_SIZE_M of "cooperative" where it is faster than the portable family, else 0.
 
@@ -50,12 +47,12 @@ def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts
         faster = mean >= 24
     elif gemm2.depth < 8192:
         lone = 4 * slots <= gemm1.num_experts  # most of them alone with their expert, but tiles for all multiprocessors
-        faster = wide or (lone and slots * gemm1.rows >= 256 * 2 * device.num_sms)
+        faster = mean >= 32 or (lone and slots * gemm1.rows >= 256 * 2 * device.num_sms)
     else:
         faster = 512 <= mean <= 1024
-    block_m = 128 if wide else 64
-    padding = gemm1.num_experts * (block_m - 1) * gemm2.depth * gemm1.a_bits // 8
-    return block_m if faster and padding <= _MOST_PADDING else 0
+    if not faster:
+        return 0
+    return 128 if wide else 64
 
 
 def family_tiles(family: str, gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles | None:
@@ -92,7 +89,8 @@ def _cooperative_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFac
         num_stages=4,
         family="cooperative",
     )
-    return LayerTiles(_fitted(tile, gemm1, device), _fitted(tile, gemm2, device))
+    tile = _fitted(_fitted(tile, gemm1, device), gemm2, device)
+    return LayerTiles(tile, tile)
 
 
 _FAMILY_TILES = {"stream": _stream_tiles, "cooperative": _cooperative_tiles}

@@ -9,7 +9,7 @@ import triton
 from .activations import Activation
 from .align import NUM_TICKETS, align_into, align_launch_key, align_lengths, align_scratch_size
 from .assignment import low_latency_applies
-from .cooperative import SortedSlots, run_cooperative
+from .cooperative import run_cooperative
 from .kernel_parts import pdl_option
 from .quant import Scheme
 from .quantise import Activations, Slots, quantise
@@ -126,7 +126,9 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
         run_stream(layer, call, tiles.gemm1)
         return
     if tiles.gemm1.family == "cooperative":
-        run_cooperative(layer, call, tiles, *_align(layer, call, tiles.gemm1), _aligned_experts(layer, call.expert_map))
+        aligned, (first_rows, counters) = _align(layer, call, tiles.gemm1)
+        experts = _aligned_experts(layer, call.expert_map)
+        run_cooperative(layer, call, tiles, (*aligned, first_rows), counters, experts)
         return
     x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()
@@ -154,23 +156,26 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     top_k_reduce(slot_outputs, call.topk_ids, call.out, experts, call.expert_map, layer.local_experts, tiles.gemm2.PDL)
 
 
-def _align(layer: Layer, call: Call, tile: TileConfig) -> tuple[SortedSlots, torch.Tensor]:
-    """Aligned assignment and, where the family counts, align_into's counters, in one buffer.
+def _align(
+    layer: Layer, call: Call, tile: TileConfig
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], list[torch.Tensor]]:
+    """Aligned assignment and, for the family that wants them, align_into's first_rows and counters; in one buffer.
 
     With an expert_map the remote slots vanish.
     """
-    counts = tile.family == "cooperative"
     slots, block = call.topk_ids.numel(), tile.BLOCK_SIZE_M
     experts = _aligned_experts(layer, call.expert_map)
     length, num_blocks = align_lengths(slots, block, experts)
-    sizes = (length, num_blocks, 1, align_scratch_size(slots, experts), NUM_TICKETS.value + num_blocks if counts else 0)
+    sizes = [length, num_blocks, 1, align_scratch_size(slots, experts)]
+    if tile.family == "cooperative":
+        sizes += [num_blocks + 1, NUM_TICKETS.value + num_blocks]
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=call.topk_ids.device)
-    sorted_ids, expert_ids, num_sorted, scratch, counters = buffer.split(sizes)
+    sorted_ids, expert_ids, num_sorted, scratch, *more = buffer.split(sizes)
     align_into(
         call.topk_ids, block, experts, sorted_ids, expert_ids, num_sorted, call.expert_map, True, scratch, tile.PDL,
-        counters if counts else None,
+        call.w13.values, *more,
     )  # fmt: skip
-    return (sorted_ids, expert_ids, num_sorted), counters
+    return (sorted_ids, expert_ids, num_sorted), more
 
 
 def _aligned_experts(layer: Layer, expert_map: torch.Tensor | None) -> int:

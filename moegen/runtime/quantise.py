@@ -29,12 +29,15 @@ class Activations(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Which rows of a [T * k, …] tensor were written: those whose id is valid and, with a map, on this GPU."""
+    """Which rows of a [T * k, …] tensor were written: those whose id is valid and, with a map, on this GPU; or, of rows
+    that are sorted, the first `num_live` [1].
+    """
 
-    topk_ids: torch.Tensor
+    topk_ids: torch.Tensor | None
     expert_map: torch.Tensor | None
     num_experts: int
     num_local: int
+    num_live: torch.Tensor | None = None
 
 
 def quantise(
@@ -59,7 +62,7 @@ def quantise(
     target = torch.int8 if kind == "int8" else torch.float8_e4m3fn if fake else dtype
     largest = INT8_MAX if kind == "int8" else FP8_MAX[target]
     values = torch.empty_like(x) if fake else x.new_empty(x.shape, dtype=target)
-    routing = slots if slots is not None else (None, None, 0, 0)
+    routing = slots if slots is not None else Slots(None, None, 0, 0)
     if scheme.kind == "tensor":
         return _by_tensor(x, values, static_scale, routing, largest, pdl)
     group = 32 if fake else scheme.group_k or depth
@@ -80,7 +83,7 @@ def _by_tensor(
     x: torch.Tensor,
     values: torch.Tensor,
     static_scale: torch.Tensor | None,
-    routing: tuple[torch.Tensor | None, torch.Tensor | None, int, int],
+    routing: Slots,
     largest: float,
     pdl: bool,
 ) -> Activations:
@@ -113,6 +116,7 @@ def _some_groups(
     expert_map,
     num_experts,
     num_local,
+    num_live,
     rows,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -124,6 +128,8 @@ def _some_groups(
     live = row < rows
     if topk_ids is not None:
         live &= is_live(tl.load(topk_ids + row, mask=live, other=-1), expert_map, num_experts, num_local)
+    if num_live is not None:
+        live &= row < tl.load(num_live)
     lane = tl.arange(0, GROUP_BLOCK)
     column = (index % ROW_GROUPS * GROUP)[:, None] + lane[None, :]
     inside = live[:, None] & (lane < GROUP)[None, :] & (column < DEPTH)
@@ -131,7 +137,8 @@ def _some_groups(
 
 
 @triton.jit(
-    do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
+    do_not_specialize=["num_experts", "num_local", "rows"],
+    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_live"],
 )
 def _quantise_groups(
     x,
@@ -141,6 +148,7 @@ def _quantise_groups(
     expert_map,
     num_experts,
     num_local,
+    num_live,
     rows,
     stride,
     LARGEST: tl.constexpr,
@@ -157,7 +165,7 @@ def _quantise_groups(
     pdl_begin(PDL)
     index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     row, column, live, inside = _some_groups(
-        index, topk_ids, expert_map, num_experts, num_local, rows, DEPTH, GROUP, GROUP_BLOCK
+        index, topk_ids, expert_map, num_experts, num_local, num_live, rows, DEPTH, GROUP, GROUP_BLOCK
     )
     values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
     step = group_scale(tl.max(tl.abs(values), 1), LEAST, LARGEST, UE8M0)
@@ -172,7 +180,8 @@ def _quantise_groups(
 
 
 @triton.jit(
-    do_not_specialize=["num_experts", "num_local", "rows"], do_not_specialize_on_alignment=["topk_ids", "expert_map"]
+    do_not_specialize=["num_experts", "num_local", "rows"],
+    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_live"],
 )
 def _tensor_maximum(
     x,
@@ -181,6 +190,7 @@ def _tensor_maximum(
     expert_map,
     num_experts,
     num_local,
+    num_live,
     rows,
     stride,
     DEPTH: tl.constexpr,
@@ -194,7 +204,7 @@ def _tensor_maximum(
     for first in range(tl.program_id(0) * GROUPS, rows * tl.cdiv(DEPTH, GROUP), tl.num_programs(0) * GROUPS):
         index = first + tl.arange(0, GROUPS)
         row, column, _, inside = _some_groups(
-            index, topk_ids, expert_map, num_experts, num_local, rows, DEPTH, GROUP, GROUP
+            index, topk_ids, expert_map, num_experts, num_local, num_live, rows, DEPTH, GROUP, GROUP
         )
         values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0)
         largest = tl.maximum(largest, tl.abs(values.to(tl.float32)))
@@ -203,7 +213,7 @@ def _tensor_maximum(
 
 @triton.jit(
     do_not_specialize=["num_experts", "num_local", "rows"],
-    do_not_specialize_on_alignment=["scale", "topk_ids", "expert_map"],
+    do_not_specialize_on_alignment=["scale", "topk_ids", "expert_map", "num_live"],
 )
 def _quantise_tensor(
     x,
@@ -214,6 +224,7 @@ def _quantise_tensor(
     expert_map,
     num_experts,
     num_local,
+    num_live,
     rows,
     stride,
     LARGEST: tl.constexpr,
@@ -233,7 +244,7 @@ def _quantise_tensor(
             tl.store(scale, step)
     index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     row, column, _, inside = _some_groups(
-        index, topk_ids, expert_map, num_experts, num_local, rows, DEPTH, GROUP, GROUP
+        index, topk_ids, expert_map, num_experts, num_local, num_live, rows, DEPTH, GROUP, GROUP
     )
     values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
     rounded = to_8_bit(divide(values, step), LARGEST, out.dtype.element_ty)

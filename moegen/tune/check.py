@@ -49,7 +49,11 @@ def check_record(path: Path, placed: bool) -> list[Finding]:
         if bucket.gain is not None and bucket.gain * NEVER_SLOWER < 1:
             slower = f"{bucket.us} µs, the default {bucket.default_us} µs"
             findings.append(found("invalid", f"{path}: buckets.{tokens}.us: slower than the default: {slower}"))
-        reason = None if bucket.source else why_stale(bucket.kernels, bucket.triton, record.variant)
+        reason = (
+            None
+            if bucket.source
+            else why_stale(bucket.kernels, bucket.tiles.gemm1.family, bucket.triton, record.variant)
+        )
         if reason is not None:
             stale.setdefault(reason, []).append(str(tokens))
     for reason, tokens_of in stale.items():

@@ -1,4 +1,8 @@
-"""What a measured time depends on beside the tiles: a hash of the kernels that ran, and whether it still holds."""
+"""What a measured time depends on beside the tiles: hashes of the kernels that ran, and whether they still hold.
+
+A layer has one hash a kernel family, joined by dots in the order of FAMILIES: a time of one family outlives changes of
+another.
+"""
 
 import functools
 import hashlib
@@ -9,13 +13,14 @@ from moegen.emit import TESTED, package_files
 from moegen.load import PackageError, read_manifest
 from moegen.plan import Plan, make_plan
 from moegen.runtime.quant import Scheme
+from moegen.runtime.tile import FAMILIES
 from moegen.spec import MoESpec, Parallel, Shape, VariantSpec
 
 _LENGTH = 16
 
 
 def package_kernels(folder: Path, slug: str) -> str:
-    """Hash of the kernels that layer `slug` of the emitted package in `folder` runs; PackageError if it is none."""
+    """Hashes of the kernels that layer `slug` of the emitted package in `folder` runs; PackageError if it is none."""
     plan = make_plan(MoESpec.from_dict(read_manifest(folder)["spec"], str(folder)))
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
     try:
@@ -26,7 +31,7 @@ def package_kernels(folder: Path, slug: str) -> str:
 
 @functools.cache
 def current_kernels(variant: VariantSpec) -> str:
-    """The same hash for a package that would be built now."""
+    """The same hashes for a package that would be built now."""
     plan = make_plan(spec_of(variant))
     return _kernels(plan, variant.slug, package_files(plan))
 
@@ -50,34 +55,47 @@ def spec_of(variant: VariantSpec) -> MoESpec:
     )
 
 
-def why_stale(kernels: str, triton: str, variant: VariantSpec) -> str | None:
-    """Why times of these kernels under this Triton need not hold any more, or None."""
+def family_kernels(kernels: str, family: str) -> str:
+    """One family's hash of a layer's, empty if there is none."""
+    hashes = dict(zip(FAMILIES, kernels.split("."), strict=False))
+    return hashes.get(family, "")
+
+
+def why_stale(kernels: str, family: str, triton: str, variant: VariantSpec) -> str | None:
+    """Why times of one of these kernel families under this Triton need not hold any more, or None."""
     if triton not in {pair["triton"] for pair in TESTED}:
         known = ", ".join(pair["triton"] for pair in TESTED)
         return f"tuned with Triton {triton or '(not stated)'}, supported: {known}"
-    if kernels != current_kernels(variant):
-        return "the layer's kernels have changed since it was tuned"
+    if family_kernels(kernels, family) != family_kernels(current_kernels(variant), family):
+        return "their kernels have changed since they were tuned"
     return None
 
 
-def _sources(scheme: Scheme) -> tuple[str, ...]:
-    """Modules of the runtime with kernels that layers of this scheme launch, and with functions that those call."""
-    quantised = scheme.row.activation is not None
+def _sources(scheme: Scheme) -> dict[str, tuple[str, ...]]:
+    """Family -> modules of the runtime with kernels that layers of this scheme launch, and with what those call."""
     w8a8 = scheme.mode in ("fp8_w8a8", "int8_w8a8")
-    names = ["align", "kernel_parts", "reduce"]
-    names += ["quantise"] if quantised else []
-    names += ["decode"] if scheme.kind else []
+    shared = ["align", "kernel_parts", "reduce"]
+    shared += ["quantise"] if scheme.row.activation is not None else []
+    shared += ["decode"] if scheme.kind else []
+    found: dict[str, tuple[str, ...]] = {"portable": tuple(shared)}
     if not scheme.kind or w8a8:
-        names += [f"cooperative_{name}" for name in ("finish", "kernel", "products", "sizes")]
-        names += ["stream_kernel", "stream_parts", "stream_sizes"]
-    names += ["stream_w8a8"] if w8a8 else []
-    return tuple(names)
+        own = [f"cooperative_{name}" for name in ("finish", "kernel", "products", "sizes")]
+        found["cooperative"] = (*shared, *own, "stream_parts")
+        own = ["stream_kernel", "stream_parts", "stream_sizes", *(["stream_w8a8"] if w8a8 else [])]
+        found["stream"] = (*shared, *own)
+    return found
 
 
 def _kernels(plan: Plan, slug: str, files: Mapping[str, bytes]) -> str:
     layer = next(layer for layer in plan.layers if layer.variant.slug == slug)
+    sources = _sources(layer.variant.scheme)
+    return ".".join(_hash(layer.module, sources[family], files) for family in FAMILIES if family in sources)
+
+
+def _hash(module: str, sources: tuple[str, ...], files: Mapping[str, bytes]) -> str:
+    """Of the lines that say something: the layer's own module, and these of the runtime."""
     digest = hashlib.sha256()
-    for name in (f"{layer.module}.py", *(f"runtime/{name}.py" for name in _sources(layer.variant.scheme))):
+    for name in (f"{module}.py", *(f"runtime/{name}.py" for name in sources)):
         lines = [
             line for line in files[name].decode().splitlines() if line.strip() and not line.lstrip().startswith("#")
         ]

@@ -25,7 +25,7 @@ from moegen.runtime.device import DeviceFacts
 from moegen.runtime.layer import Layer
 from moegen.runtime.tile import LayerTiles
 from moegen.spec import SpecError, VariantSpec
-from moegen.tune.fingerprint import current_kernels
+from moegen.tune.fingerprint import current_kernels, family_kernels
 
 NEVER_SLOWER = 1.01  # of the default's time, measured side by side: more is not published
 
@@ -40,7 +40,7 @@ class TunedBucket:
     effort, seed    of the search
     routing         what the calls were routed by: "balanced+power_law", or the name and hash of a routing file
     triton, torch, moegen   versions it was tuned with
-    kernels         hash of the kernels that ran (moegen.tune.fingerprint)
+    kernels         hashes of the layer's kernels (moegen.tune.fingerprint)
     source          where tiles come from that nobody measured here: the name of the imported file
     """
 
@@ -289,7 +289,8 @@ def rank(bucket: TunedBucket, variant: VariantSpec) -> tuple[bool, bool, tuple[i
 
     The gain and not the time, since only the two times of one bucket were measured side by side.
     """
-    current = bucket.kernels == current_kernels(variant)
+    family = bucket.tiles.gemm1.family
+    current = family_kernels(bucket.kernels, family) == family_kernels(current_kernels(variant), family)
     return bucket.us is not None, current, version_key(bucket.triton), bucket.gain or 0.0
 
 

@@ -1,7 +1,7 @@
 """Which tile configs are worth trying: one table of axes, cut down to what is legal, and plausible for the tokens."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -41,6 +41,8 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 OPS = ("gemm1", "gemm2")
+# Families that have one config for both GEMMs: one launch runs them, in "cooperative" if both have the same.
+ONE_CONFIG = ("cooperative", "stream")
 COOPERATIVE_SLOTS = 0.5  # slots per expert from which the family cooperative is plausible
 LONG_RUNS = 64  # mean slots per expert above which M blocks of one expert follow each other and GROUP_SIZE_M counts
 NEAR_RULE = 4  # how far from the rule's limit, in tokens, the other assignment is plausible
@@ -108,8 +110,8 @@ def kind_of(tiles: LayerTiles) -> Kind:
 
 
 def varied(pair: LayerTiles, op: str, tile: TileConfig) -> LayerTiles:
-    """`pair` with another config for one GEMM; for both, where one kernel is the layer."""
-    changed: dict[str, Any] = dict.fromkeys(OPS, tile) if tile.family == "stream" else {op: tile}
+    """`pair` with another config for one GEMM; for both, where one launch is the layer."""
+    changed: dict[str, Any] = dict.fromkeys(OPS, tile) if tile.family in ONE_CONFIG else {op: tile}
     return replace(pair, **changed)
 
 
@@ -139,8 +141,8 @@ class LayerSpace:
         return sum(1 for op in OPS for _ in self.tiles(op))
 
     def ops(self, kind: Kind) -> tuple[str, ...]:
-        """The GEMMs that have a tile config of their own: where one kernel is the layer, gemm1's is that of both."""
-        return OPS[:1] if kind.family == "stream" else OPS
+        """The GEMMs that have a tile config of their own: where one launch is the layer, gemm1's is that of both."""
+        return OPS[:1] if kind.family in ONE_CONFIG else OPS
 
     def tiles(self, op: str) -> Iterator[TileConfig]:
         """Every config of one GEMM, kind by kind."""
@@ -188,15 +190,15 @@ def layer_space(
     if "stream" in families and tokens == 1:
         starts |= family_starts("stream", gemm1, gemm2, device)
     starts[kind_of(default)] = default
-    spaces: list[dict[Kind, Space]] = [
-        {
-            kind: Space(
-                getattr(pair, gemm.op), tuple(_tiles(gemm, getattr(pair, gemm.op), tokens, device, low_latency))
-            )
-            for kind, pair in starts.items()
-        }
-        for gemm in (gemm1, gemm2)
-    ]
+
+    def space(gemm: Gemm, pair: LayerTiles) -> Space:
+        start: TileConfig = getattr(pair, gemm.op)
+        tiles: Iterable[TileConfig] = _tiles(gemm, start, tokens, device, low_latency)
+        if start.family in ONE_CONFIG:
+            tiles = (tile for tile in tiles if not why_illegal_pair(LayerTiles(tile, tile), gemm1, gemm2, device))
+        return Space(start, tuple(tiles))
+
+    spaces = [{kind: space(gemm, pair) for kind, pair in starts.items()} for gemm in (gemm1, gemm2)]
     return LayerSpace(tokens, default, *spaces, others=_others(gemm1, gemm2, tokens, device, low_latency))
 
 

@@ -37,9 +37,9 @@ STREAM = "stream_layer"
 # Two products and their sums fill the registers of wide tiles: some addresses go to memory, outside the loop.
 MOST_SPILLS = {
     "cooperative": 16,
-    "cooperative, channel": 8,
+    "cooperative, channel": 24,
     "cooperative, int8, un-gated": 64,
-    "cooperative, int8 channel": 8,
+    "cooperative, int8 channel": 24,
 }
 # Triton has no conversion from or to e4m3 on compute capability 8.0, and these schemes store or compute with it.
 NO_FP8 = {

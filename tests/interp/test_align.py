@@ -8,7 +8,7 @@ import torch
 
 from moegen.runtime import align
 from moegen.runtime.align import align_into, align_launch_key, align_lengths, align_scratch_size, moe_align_block_size
-from tests.support.align_model import Alignment, align_plain, align_vectorised
+from tests.support.align_model import Alignment, align_plain, align_vectorised, first_rows_of
 
 POISON = -777
 TOKENS, EXPERTS, TOP_K, BLOCKS = (0, 1, 2, 3, 7, 33, 256), (8, 60, 256, 257, 1024), (1, 6, 22), (8, 16, 128)
@@ -59,14 +59,18 @@ def _check(
     pad: bool = False,
     counts: bool = False,
 ) -> None:
-    """Every entry of the three outputs, which held POISON before the call; and of the counters, where there are any."""
+    """Every entry of the three outputs, which held POISON before the call; and of what comes beside them on request."""
     length, num_blocks = align_lengths(ids.numel(), block, experts, pad)
     got = Alignment(*(torch.full((size,), POISON, dtype=torch.int32) for size in (length, num_blocks, 1)))
     scratch = torch.full((align_scratch_size(ids.numel(), experts),), POISON, dtype=torch.int32)
-    counters = torch.full((align.NUM_TICKETS.value + num_blocks,), POISON, dtype=torch.int32) if counts else None
-    align_into(ids, block, experts, *got, expert_map, ignore, scratch, counters=counters)
-    assert counters is None or not counters.any()
+    sizes = (num_blocks + 1, align.NUM_TICKETS.value + num_blocks) if counts else ()
+    beside = [torch.full((size,), POISON, dtype=torch.int32) for size in sizes]
+    align_into(ids, block, experts, *got, expert_map, ignore, scratch, False, None, *beside)
     wanted = _expected(ids, block, experts, expert_map, ignore, pad)
+    if counts:
+        first_rows, counters = beside
+        assert not counters.any()
+        assert torch.equal(first_rows, first_rows_of(wanted, block, ids.numel()))
     for name, value, expected in zip(Alignment._fields, got, wanted, strict=True):
         assert torch.equal(value, expected), f"{name}: {value.tolist()[:40]} instead of {expected.tolist()[:40]}"
 
@@ -165,9 +169,11 @@ def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 700])
-def test_counters_begin_at_zero(tokens: int) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_counters_and_first_rows(tokens: int, mapped: bool) -> None:
     """Whatever the number of block programs that share the work."""
-    _check(torch.randint(0, 8, (tokens, 2), dtype=torch.int32), 16, 8, pad=True, counts=True)
+    ids = torch.randint(-1, 9, (tokens, 2), dtype=torch.int32)
+    _check(ids, 16, 8, _half_map(8) if mapped else None, mapped, pad=True, counts=True)
 
 
 def test_wrong_buffers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +189,8 @@ def test_wrong_buffers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers = Alignment(*(torch.empty(size, dtype=torch.int32) for size in (length, num_blocks, 1)))
     with pytest.raises(ValueError, match="counters: 3"):
         align_into(ids, 16, 8, *buffers, counters=torch.empty(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="first_rows: 3"):
+        align_into(ids, 16, 8, *buffers, first_rows=torch.empty(3, dtype=torch.int32))
     with pytest.raises(ValueError, match="scratch: 0"):
         align_into(ids, 16, 8, *buffers)
     with pytest.raises(TypeError, match="scratch: dtype"):

@@ -150,6 +150,23 @@ def test_dead_rows(quant: str, id_dtype: torch.dtype, mapped: bool) -> None:
 
 
 @pytest.mark.parametrize("quant", SCHEMES)
+def test_first_rows(quant: str) -> None:
+    """Of sorted rows the first `num_live` are read and written."""
+    scheme, stored = Scheme.parse(quant), SCHEMES[quant]
+    x = random(8, 72, torch.bfloat16, 3)
+    x[5:] = float("nan")
+    found = quantise(x, scheme, stored, None, Slots(None, None, 0, 0, num_live=torch.tensor([5], dtype=torch.int32)))
+    alone = quantise(x[:5].contiguous(), scheme, stored, None, None)
+    bits = torch.int16 if found.values.itemsize == 2 else torch.int8
+    poison = torch.empty(3, 72, dtype=found.values.dtype)
+    assert torch.equal(found.values.view(bits), torch.cat([alone.values, poison]).view(bits))
+    if found.scale is not None:
+        assert alone.scale is not None
+        assert torch.equal(found.scale.flatten()[: alone.scale.numel()], alone.scale.flatten())
+        assert bool(found.scale.flatten()[alone.scale.numel() :].isnan().all())
+
+
+@pytest.mark.parametrize("quant", SCHEMES)
 def test_no_live_row(quant: str) -> None:
     scheme, stored = Scheme.parse(quant), SCHEMES[quant]
     x = torch.full((4, 40), float("nan"), dtype=torch.bfloat16)

@@ -86,3 +86,14 @@ def align_vectorised(
     shown = expert_map.long()[known] if expert_map is not None and not ignore_invalid_experts else known
     expert_ids = torch.where(starts < ends[-1], shown, -1)
     return Alignment(sorted_ids[:length].int(), expert_ids.int(), ends[-1:].int())
+
+
+def first_rows_of(aligned: Alignment, block_size: int, numel: int) -> torch.Tensor:
+    """align_into's first_rows, int32 [cdiv(L, block_size) + 1]: slots before each block in use, and all of them."""
+    blocks = aligned.expert_ids.numel()
+    slots = torch.nn.functional.pad(
+        aligned.sorted_token_ids < numel, (0, blocks * block_size - aligned.sorted_token_ids.numel())
+    )
+    before = torch.nn.functional.pad(slots.view(blocks, block_size).sum(1).cumsum(0), (1, 0))
+    before[:blocks][aligned.num_tokens_post_padded.item() // block_size :] = 0
+    return before.int()

@@ -27,7 +27,8 @@ def _case(
 
 
 def _align_cases() -> list[AotCase]:
-    buffers = ("expert_map", "chunk_counts", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "counters")
+    buffers = ("expert_map", "chunk_counts", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "counters",
+               "first_rows")  # fmt: skip
     cases = []
     for numel, experts, mapping, id_type in (
         (16, 8, align.NO_MAP, "i32"),
@@ -44,13 +45,14 @@ def _align_cases() -> list[AotCase]:
         if mapping == align.NO_MAP:
             fixed["expert_map"] = None
         if numel < 100_000:  # only some families count
-            fixed["counters"] = None
+            fixed |= {"counters": None, "first_rows": None}
+        fixed["weights"] = None  # fetched with PDL only
         if tiles.two_launches:
             name = f"align_count-{numel}-{experts}"
             cases.append(_case(name, align.align_count_kernel, types, fixed, tiles.num_warps))
         else:
             fixed["chunk_counts"] = None
-        whole = fixed | {"SLOT_TILE": tiles.slot_tile}
+        whole = fixed | {"SLOT_TILE": tiles.slot_tile, "THREADS": 32 * tiles.num_warps}
         cases.append(_case(f"align-{numel}-{experts}", align.align_kernel, types, whole, tiles.num_warps))
     return cases
 

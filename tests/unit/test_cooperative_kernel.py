@@ -16,7 +16,7 @@ from moegen.runtime.reference import apply_activation
 from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal_pair
 from moegen.runtime.weight import Weight
 from moegen.spec import Parallel
-from tests.support.align_model import align_vectorised
+from tests.support.align_model import align_vectorised, first_rows_of
 from tests.support.gluon_gemm import PROGRAMS, PythonKernels
 from tests.support.packages import TOLERANCE, make_inputs, oracle, relative_error
 
@@ -85,7 +85,8 @@ def quantise(
     if not scheme.kind:
         return Activations(x, None)
     if live is not None:
-        x = torch.where((live.topk_ids < live.num_experts)[:, None], x, 0.0)
+        assert live.num_live is not None
+        x = torch.where((torch.arange(x.shape[0]) < live.num_live)[:, None], x, 0.0)
     largest = 127.0 if dtype == torch.int8 else 448.0
     group = scheme.group_k or x.shape[1]
     groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
@@ -132,9 +133,11 @@ def run(
     call = Call(x, *weights, arguments["topk_weights"], arguments["topk_ids"], expert_map, on_input,
                 torch.full_like(x, float("nan")))  # fmt: skip
     experts = layer.local_experts if expert_map is None else layer.num_experts
-    assignment = align_vectorised(call.topk_ids, tiles.gemm1.BLOCK_SIZE_M, experts, expert_map, True, True)
-    counters = torch.zeros(2 + assignment[1].numel(), dtype=torch.int32)
-    cooperative.run_cooperative(layer, call, tiles, assignment, counters, experts)
+    block = tiles.gemm1.BLOCK_SIZE_M
+    assignment = align_vectorised(call.topk_ids, block, experts, expert_map, True, True)
+    counters = torch.zeros(2 + assignment.expert_ids.numel(), dtype=torch.int32)
+    first_rows = first_rows_of(assignment, block, call.topk_ids.numel())
+    cooperative.run_cooperative(layer, call, tiles, (*assignment, first_rows), counters, experts)
     return call.out
 
 

@@ -232,7 +232,8 @@ BLOCKS, CHANNEL, PLAIN_BITS = "w8a8, groups of 128", "w8a8", "16 bit"
         (PLAIN_BITS, (4096, 14336, 8), 256, "cuda:90", "portable", 128),
         (PLAIN_BITS, (4096, 14336, 8), 1024, "cuda:90", "cooperative", 128),
         (PLAIN_BITS, (4096, 14336, 8), 4096, "cuda:90", "portable", 128),
-        (PLAIN_BITS, (2048, 512, 512), 16384, "cuda:90", "portable", 128),  # padding beyond what a call may allocate
+        (PLAIN_BITS, (2880, 2880, 128), 512, "cuda:90", "cooperative", 64),
+        (PLAIN_BITS, (2048, 512, 512), 16384, "cuda:90", "cooperative", 128),
     ],
 )
 def test_the_default_is_of_the_family_that_measured_faster(

@@ -431,7 +431,17 @@ def test_spec_of_a_shard() -> None:
 
 
 def test_this_triton_is_supported() -> None:
-    assert why_stale(current_kernels(LAYER), triton.__version__, LAYER) is None
+    assert why_stale(current_kernels(LAYER), "portable", triton.__version__, LAYER) is None
+
+
+def test_a_bucket_is_stale_when_its_own_family_has_changed() -> None:
+    portable, cooperative, stream = current_kernels(LAYER).split(".")
+    other = f"{portable}.0123456789abcdef.{stream}"
+    assert why_stale(other, "portable", triton.__version__, LAYER) is None
+    assert why_stale(other, "stream", triton.__version__, LAYER) is None
+    assert why_stale(other, "cooperative", triton.__version__, LAYER) is not None
+    assert why_stale(portable, "cooperative", triton.__version__, LAYER) is not None
+    assert cooperative != stream
 
 
 @pytest.mark.parametrize(("name", "arch"), [("NVIDIA H100 80GB HBM3", "90"), ("AMD Instinct MI300A", "gfx942")])
