@@ -35,7 +35,7 @@ MAP_BLOCKS = tl.constexpr(2)  # all global experts are sorted, expert_ids become
 BLOCK_TILE = tl.constexpr(64)  # M blocks that a block program handles at a time
 
 FETCHED = tl.constexpr(2048)  # bytes of weights, by one thread
-_MOST_FETCHED = 24 << 20  # bytes: what the memory could deliver while this, and the GEMM's beginning, take their time
+_MOST_FETCHED = 12 << 20  # bytes: what the memory could deliver while this, and the GEMM's beginning, take their time
 
 # At most this many programs a role, so that they all run at once on a large GPU: each reads the whole scratch table.
 _PROGRAMS = 128
