@@ -42,7 +42,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CompilePool]:
     """A pool that starts with an empty cache, which the children share with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        with CompilePool() as made:
+        with CompilePool(4) as made:  # a pool for each process that runs these tests
             yield made
 
 
