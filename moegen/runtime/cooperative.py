@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .align import NUM_TICKETS
+from .align_kernels import NUM_TICKETS
 from .cooperative_sizes import CooperativeSizes, joins, quantises_hidden
 from .descriptors import descriptor, descriptor_base, multiprocessors
 from .kernel_parts import pdl_option

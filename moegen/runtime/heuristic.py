@@ -32,19 +32,19 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
 def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> int:
     """BLOCK_SIZE_M of "cooperative" where it is faster than the portable family, else 0.
 
-    From ten layers on an H200 (docs/results/*.csv). The shorter gemm2's reduction, the fewer slots an expert it takes:
-    the family has one launch for both GEMMs, and no loads that wait between tiles.
+    From ten layers on an H200 (docs/results/*.csv) and the records in tuned_configs/. The family has one launch for
+    both GEMMs, and no loads that wait between tiles; small programs of the portable family keep more loads in flight.
     """
     slots, mean = tokens * gemm1.top_k, mean_slots(gemm1, tokens)
     wide = mean >= 48
     if gemm1.group_k:
-        faster = 2 * slots >= gemm1.num_experts
+        faster = mean * gemm2.depth >= 2048
     elif gemm1.is_w8a8:
-        faster, wide = mean >= 32, mean >= 128
+        faster, wide = mean >= 32, mean >= (64 if gemm2.depth >= 4096 else 128)
     elif gemm2.depth <= 384:
         faster = 2 * slots >= gemm1.num_experts
     elif gemm2.depth <= 1024:
-        faster = mean >= 24
+        faster = mean * gemm2.depth >= 6144
     elif gemm2.depth < 8192:
         lone = 4 * slots <= gemm1.num_experts  # most of them alone with their expert, but tiles for all multiprocessors
         faster = mean >= 32 or (lone and slots * gemm1.rows >= 256 * 2 * device.num_sms)
@@ -104,8 +104,10 @@ def mean_slots(gemm: Gemm, tokens: int) -> float:
 
 def _portable_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool) -> LayerTiles:
     slots = tokens * gemm1.top_k
-    least = 8 if (gemm1.is_decoded or gemm1.is_w8a8) and device.has_wgmma else 16
-    block_m = least if low_latency else _block_m(mean_slots(gemm1, tokens), least)
+    # Long reductions without K groups are worth wgmma, whose token side is 16 wide, from the first token on.
+    long = gemm1.is_w8a8 and not gemm1.group_k and min(gemm1.depth, gemm2.depth) >= 4096
+    least = 8 if (gemm1.is_decoded or gemm1.is_w8a8) and device.has_wgmma and not long else 16
+    block_m = least if low_latency else _block_m(mean_slots(gemm1, tokens), least, gemm1.is_decoded)
     if gemm1.is_w8a8 and gemm1.group_k:
         block_m = min(block_m, 64)  # scaling at every step holds twice the accumulators
     pick = _default_float32_tile if gemm1.is_float32 else _default_tile
@@ -117,8 +119,14 @@ def _portable_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, 
 _ALL_SLOTS = 128
 
 
-def _block_m(mean: float, least: int) -> int:
-    """Twice the mean slots per active expert, rounded up to a power of two within least..128."""
+def _block_m(mean: float, least: int, decoded: bool) -> int:
+    """Twice the mean slots per active expert, rounded up to a power of two within least..128.
+
+    Weights that are decoded for a product take longer than the product: two warps that share the rows do it once for 16
+    slots, wgmma's four for 64, and 128 want most of them filled.
+    """
+    if decoded and mean > 8:
+        return 16 if mean <= 16 else 64 if mean <= 128 else 128
     for block in (8, 16, 32, 64):
         if least <= block >= 2 * mean:
             return block
@@ -141,10 +149,8 @@ def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
         return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
     if gemm.is_decoded and block_m <= 16:
         return _decoded_tile(gemm, block_m, lone_slots, device)
-    if gemm.is_decoded and not gemm.zero_points:
-        return TileConfig(block_m, 128, 128, 1, SWAP_AB=True, num_warps=4, num_stages=3)
     if gemm.is_w8a8 and block_m <= 16:
-        return _narrow_tile(gemm, block_m, deep, lone_slots, device)
+        return _narrow_tile(gemm, block_m, deep, lone_slots)
     if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
         # More programs than two a multiprocessor: small tiles let many of them share one.
         return TileConfig(16, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=3)
@@ -159,24 +165,31 @@ def _decoded_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
 
     Four would get wgmma, for which decoded weights pass through shared memory.
     """
-    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
+    if lone_slots and lone_slots * gemm.rows <= 32 * 14 * device.num_sms:
         wide, deep = 32, 256
     else:
         shallow = gemm.zero_points or block_m == 16 or (lone_slots and gemm.w_bits == 8)
         wide, deep = 64, 128 if shallow else 256
+    if gemm.depth <= 256:
+        deep = 128  # two steps, not one
     group = _ALL_SLOTS if lone_slots else 1
     return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=3)
 
 
-def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
-    """Few tokens, 8-bit operands: mma.sync, whose token side is 8 wide (Triton's wgmma has 16), half as many rows where
-    there are few programs.
+def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int) -> TileConfig:
+    """Few tokens, 8-bit operands: mma.sync, whose token side is 8 wide (Triton's wgmma has 16).
+
+    Programs of two warps with few rows, of which many share a multiprocessor; deep rings where the reduction is long,
+    and none deeper than it.
     """
-    if lone_slots and lone_slots * gemm.rows <= 32 * 4 * device.num_sms:
-        return TileConfig(block_m, 32, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=2, num_stages=4)
-    if lone_slots:
-        return TileConfig(block_m, 64, deep, _ALL_SLOTS, SWAP_AB=True, num_warps=4, num_stages=4)
-    return TileConfig(block_m, 64 if block_m == 8 else 128, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+    if block_m == 16:
+        return TileConfig(16, 128, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
+    group = _ALL_SLOTS if lone_slots else 1
+    if gemm.depth >= 2048:
+        return TileConfig(block_m, 32, deep, group, SWAP_AB=True, num_warps=2, num_stages=6)
+    short = gemm.depth <= 256
+    wide = 128 if short and not lone_slots else 64
+    return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=2 if short else 3)
 
 
 def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001

@@ -7,7 +7,8 @@ import torch
 import triton
 
 from .activations import Activation
-from .align import NUM_TICKETS, align_into, align_launch_key, align_lengths, align_scratch_size
+from .align import align_into, align_launch_key, align_lengths, align_scratch_size
+from .align_kernels import NUM_TICKETS
 from .assignment import low_latency_applies
 from .cooperative import run_cooperative
 from .kernel_parts import pdl_option

@@ -1,9 +1,11 @@
 """What a measured time depends on beside the tiles: hashes of the kernels that ran, and whether they still hold.
 
 A layer has one hash a kernel family, joined by dots in the order of FAMILIES: a time of one family outlives changes of
-another.
+another. What is hashed are the kernels as Python reads them and the constants that they name, so a time also outlives
+comments, host code beside a kernel, and a kernel's way into another file.
 """
 
+import ast
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -74,7 +76,7 @@ def why_stale(kernels: str, family: str, triton: str, variant: VariantSpec) -> s
 def _sources(scheme: Scheme) -> dict[str, tuple[str, ...]]:
     """Family -> modules of the runtime with kernels that layers of this scheme launch, and with what those call."""
     w8a8 = scheme.mode in ("fp8_w8a8", "int8_w8a8")
-    shared = ["align", "kernel_parts", "reduce"]
+    shared = ["align_kernels", "kernel_parts", "reduce"]
     shared += ["quantise"] if scheme.row.activation is not None else []
     shared += ["decode"] if scheme.kind else []
     found: dict[str, tuple[str, ...]] = {"portable": tuple(shared)}
@@ -93,11 +95,31 @@ def _kernels(plan: Plan, slug: str, files: Mapping[str, bytes]) -> str:
 
 
 def _hash(module: str, sources: tuple[str, ...], files: Mapping[str, bytes]) -> str:
-    """Of the lines that say something: the layer's own module, and these of the runtime."""
-    digest = hashlib.sha256()
-    for name in (f"{module}.py", *(f"runtime/{name}.py" for name in sources)):
-        lines = [
-            line for line in files[name].decode().splitlines() if line.strip() and not line.lstrip().startswith("#")
-        ]
-        digest.update("\n".join([name, *lines]).encode() + b"\0")
-    return digest.hexdigest()[:_LENGTH]
+    """Of all that compiled kernels are made of in the layer's own module and these of the runtime."""
+    parts = [
+        part
+        for name in (module, *(f"runtime/{name}" for name in sources))
+        for part in _kernel_code(files[f"{name}.py"], whole=name.endswith("_sizes"))
+    ]
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:_LENGTH]
+
+
+@functools.cache
+def _kernel_code(source: bytes, whole: bool) -> tuple[str, ...]:
+    """The functions that a decorator `jit` compiles and the constants of kernels, without comments and docstrings.
+
+    whole: everything, of a module whose ordinary Python decides what a kernel is compiled for.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tuple(
+        ast.unparse(node) for node in tree.body if (whole and not isinstance(node, ast.Expr)) or _is_compiled(node)
+    )
+
+
+def _is_compiled(node: ast.stmt) -> bool:
+    if isinstance(node, ast.FunctionDef):
+        return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    return isinstance(node, ast.Assign | ast.AnnAssign) and "constexpr" in ast.unparse(node)

@@ -27,7 +27,11 @@ def plan_lines(tasks: Sequence[Task], source: Source, session: Session, storage:
 
 
 def document(package: str, tasks: Sequence[Task], source: Source, session: Session, wall_s: float) -> dict[str, Any]:
-    """The whole run in plain types. waiting_for_compiler: share of the wall time that the GPU spent waiting for it."""
+    """The whole run in plain types.
+
+    waiting_for_compiler is the share of the wall time that the GPU spent waiting for it; preparing_s and measuring_s are
+    seconds in which workloads were set up and configs measured; compiled_late are kernels that nobody compiled ahead.
+    """
     usage, slugs = source.usage, {task.key: task.variant.slug for task in tasks}
     measured = sum(number for status, number in usage.statuses.items() if status != "final")
     return {
@@ -39,6 +43,9 @@ def document(package: str, tasks: Sequence[Task], source: Source, session: Sessi
         "measured": measured,
         "per_minute": round(60 * measured / wall_s, 1),
         "waiting_for_compiler": round(usage.waiting_s / wall_s, 4),
+        "preparing_s": round(usage.preparing_s, 2),
+        "measuring_s": round(usage.measuring_s, 2),
+        "compiled_late": usage.compiled,
         "processes_lost": max(0, usage.starts - 1),
         "files": [str(path) for path in session.files()],
         "buckets": [_plain(slugs[key], outcome) for (key, _), outcome in sorted(session.outcomes.items())],
@@ -57,6 +64,9 @@ def _plain(slug: str, outcome: Outcome) -> dict[str, Any]:
             "failures": dict(found.failures),
         }
     return {**plain, "complete": outcome.complete, "reason": outcome.reason}
+
+
+_SUMS = ("preparing_s", "measuring_s", "compiled_late", "processes_lost")
 
 
 def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -78,7 +88,7 @@ def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "measured": measured,
         "per_minute": round(60 * measured / wall_s, 1),
         "waiting_for_compiler": round(sum(one["waiting_for_compiler"] for one in documents) / len(documents), 4),
-        "processes_lost": sum(one["processes_lost"] for one in documents),
+        **{key: sum(one[key] for one in documents) for key in _SUMS},
         "files": sorted({path for one in documents for path in one["files"]}),
         "buckets": [buckets[key] for key in sorted(buckets)],
     }
@@ -94,6 +104,10 @@ def summary(found: dict[str, Any]) -> str:
         lines += [f"{layer} on {found['gpu']}", table(rows), ""]
     waited, rate = f"{found['waiting_for_compiler']:.1%}", f"{found['per_minute']:.0f} a minute"
     lines.append(f"{found['wall_s']:.0f} s, {found['measured']} measurements, {rate}; waited {waited} for the compiler")
+    late = f", {found['compiled_late']} kernels compiled meanwhile" if found["compiled_late"] else ""
+    lines.append(
+        f"workloads were set up in {found['preparing_s']:.0f} s, measuring took {found['measuring_s']:.0f} s{late}"
+    )
     lines += [f"result: {path}" for path in found["files"]]
     return "\n".join(line.rstrip() for text in lines for line in text.split("\n"))
 

@@ -46,13 +46,13 @@ def _align_cases() -> list[AotCase]:
             fixed["expert_map"] = None
         if numel < 100_000:  # only some families count
             fixed |= {"counters": None, "first_rows": None}
-        fixed["weights"] = None  # fetched with PDL only
         if tiles.two_launches:
             name = f"align_count-{numel}-{experts}"
             cases.append(_case(name, align.align_count_kernel, types, fixed, tiles.num_warps))
         else:
             fixed["chunk_counts"] = None
-        whole = fixed | {"SLOT_TILE": tiles.slot_tile, "THREADS": 32 * tiles.num_warps}
+        # Weights are fetched with PDL only.
+        whole = fixed | {"SLOT_TILE": tiles.slot_tile, "THREADS": 32 * tiles.num_warps, "weights": None}
         cases.append(_case(f"align-{numel}-{experts}", align.align_kernel, types, whole, tiles.num_warps))
     return cases
 

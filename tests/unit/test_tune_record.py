@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -406,19 +407,30 @@ def test_kernels_are_those_that_run(tmp_path: Path) -> None:
     plain, other = spec.variants()
     folder = emit(make_plan(spec), tmp_path)
     before = package_kernels(folder, plain.slug)
-    for name, edit in (
-        ("_kernels_silu.py", lambda text: "# a remark\n\n" + text),
-        ("_dispatch.py", lambda text: text + "\nunused = 1\n"),
-        (next(module for module in plan_modules(spec) if "int8" in module), lambda text: text + "\nunused = 1\n"),
-        ("runtime/quantise.py", lambda text: text + "\nunused = 1\n"),
-        ("runtime/stream_w8a8.py", lambda text: text + "\nunused = 1\n"),
+
+    def edit(name: str, change: Callable[[str], str]) -> None:
+        (folder / name).write_text(change((folder / name).read_text()))
+
+    def more(text: str) -> str:
+        return text + "\n\n@triton.jit\ndef more(x):\n    return x\n"
+
+    edit("_kernels_silu.py", lambda text: "# a remark\n\n" + text)
+    for name in ("_dispatch.py", "runtime/reduce.py", "runtime/kernel_parts.py"):
+        edit(name, lambda text: text + "\nunused = 1\n")
+    for name in (
+        *(module for module in plan_modules(spec) if "int8" in module),
+        "runtime/quantise.py",
+        "runtime/stream_w8a8.py",
     ):
-        (folder / name).write_text(edit((folder / name).read_text()))
-        assert package_kernels(folder, plain.slug) == before
+        edit(name, more)
+    assert package_kernels(folder, plain.slug) == before
     assert package_kernels(folder, other.slug) != current_kernels(other)
-    parts = folder / "runtime" / "kernel_parts.py"
-    parts.write_text(parts.read_text() + "\nunused = 1\n")
-    assert package_kernels(folder, plain.slug) != before
+    edit("runtime/cooperative_sizes.py", lambda text: text + "\nmore = 1\n")
+    portable, cooperative, stream = package_kernels(folder, plain.slug).split(".")
+    assert (portable, stream) == (before.split(".")[0], before.split(".")[2])
+    assert cooperative != before.split(".")[1]
+    edit("runtime/kernel_parts.py", more)
+    assert not set(package_kernels(folder, plain.slug).split(".")) & {portable, cooperative, stream}
 
 
 def plan_modules(spec: Any) -> list[str]:
