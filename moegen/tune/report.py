@@ -29,8 +29,8 @@ def plan_lines(tasks: Sequence[Task], source: Source, session: Session, storage:
 def document(package: str, tasks: Sequence[Task], source: Source, session: Session, wall_s: float) -> dict[str, Any]:
     """The whole run in plain types.
 
-    waiting_for_compiler is the share of the wall time that the GPU spent waiting for it; preparing_s and measuring_s are
-    seconds in which workloads were set up and configs measured; compiled_late are kernels that nobody compiled ahead.
+    waiting_for_compiler is the share of the wall time that the GPU spent waiting for it; preparing_s and measuring_s
+    are seconds in which workloads were set up and configs measured; compiled_late are kernels nobody compiled ahead.
     """
     usage, slugs = source.usage, {task.key: task.variant.slug for task in tasks}
     measured = sum(number for status, number in usage.statuses.items() if status != "final")
