@@ -131,14 +131,15 @@ def align_into(
     block_programs = max(1, _ceil_div(num_blocks, blocks_per_program))
     threads = 32 * tiles.num_warps
     expert_bytes = bytes_fetched = fetches = 0
-    if weights is not None and pdl and _may_be_fetched(weights):
+    weights = weights if pdl else None  # not by what they are like: that may not choose another compiled kernel
+    if weights is not None and _may_be_fetched(weights):
         expert_bytes = weights.stride(0) * weights.element_size()
         bytes_fetched = min(_MOST_FETCHED, weights.numel() * weights.element_size())
         fetches = _ceil_div(bytes_fetched, threads * FETCHED.value)
     align_kernel[(num_chunks + block_programs + fetches,)](
         topk_ids, expert_map, chunk_counts, sorted_token_ids, expert_ids, num_tokens_post_padded, counters, first_rows,
         numel, num_experts, block_size, length, num_blocks, chunk_size, num_chunks, blocks_per_program,
-        block_programs, weights if fetches else None, expert_bytes, bytes_fetched, THREADS=threads,
+        block_programs, weights, expert_bytes, bytes_fetched, THREADS=threads,
         MAPPING=mapping, BINS=tiles.bins, COUNT_TILE=tiles.count_tile, SLOT_TILE=tiles.slot_tile, PDL=pdl,
         num_warps=tiles.num_warps, **pdl_option(pdl),
     )  # fmt: skip

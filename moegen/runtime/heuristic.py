@@ -32,8 +32,9 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
 def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> int:
     """BLOCK_SIZE_M of "cooperative" where it is faster than the portable family, else 0.
 
-    From ten layers on an H200 (docs/results/*.csv) and the records in tuned_configs/. The family has one launch for
-    both GEMMs, and no loads that wait between tiles; small programs of the portable family keep more loads in flight.
+    From ten layers on an H200 (docs/results/experiments/h200-families.csv) and the records in tuned_configs/. The
+    family has one launch for both GEMMs, and no loads that wait between tiles; small programs of the portable family
+    keep more loads in flight.
     """
     slots, mean = tokens * gemm1.top_k, mean_slots(gemm1, tokens)
     wide = mean >= 48
@@ -107,7 +108,9 @@ def _portable_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, 
     # Long reductions without K groups are worth wgmma, whose token side is 16 wide, from the first token on.
     long = gemm1.is_w8a8 and not gemm1.group_k and min(gemm1.depth, gemm2.depth) >= 4096
     least = 8 if (gemm1.is_decoded or gemm1.is_w8a8) and device.has_wgmma and not long else 16
-    block_m = least if low_latency else _block_m(mean_slots(gemm1, tokens), least, gemm1.is_decoded)
+    block_m = (
+        least if low_latency else _block_m(mean_slots(gemm1, tokens), least, gemm1.is_decoded and device.has_wgmma)
+    )
     if gemm1.is_w8a8 and gemm1.group_k:
         block_m = min(block_m, 64)  # scaling at every step holds twice the accumulators
     pick = _default_float32_tile if gemm1.is_float32 else _default_tile
@@ -182,9 +185,9 @@ def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int) -> TileCo
     Programs of two warps with few rows, of which many share a multiprocessor; deep rings where the reduction is long,
     and none deeper than it.
     """
-    if block_m == 16:
-        return TileConfig(16, 128, deep, 1, SWAP_AB=True, num_warps=4, num_stages=3)
     group = _ALL_SLOTS if lone_slots else 1
+    if block_m == 16:
+        return TileConfig(16, 128, deep, group, SWAP_AB=True, num_warps=4, num_stages=3)
     if gemm.depth >= 2048:
         return TileConfig(block_m, 32, deep, group, SWAP_AB=True, num_warps=2, num_stages=6)
     short = gemm.depth <= 256

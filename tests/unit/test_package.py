@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from moegen.device import TARGETS
 from moegen.runtime.checks import check_device
@@ -38,6 +39,33 @@ def test_warmup_takes_the_form_of_a_checkpoint(quant: str, bias: bool, build: Ca
         for part in ("values", "scale", "zeros", "global_scale", "bias"):
             shapes = [None if getattr(w, part) is None else getattr(w, part).shape for w in (warm, given)]
             assert shapes[0] == shapes[1], part
+
+
+def test_weights_in_pieces_need_no_other_align_kernel(
+    build: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """align fetches weights that are in one piece; warm-up, which does not know, has compiled for others as well."""
+    package = build()
+    layer, runtime = package.LAYERS[0], package.runtime
+    launched: list[tuple[int, bool]] = []
+
+    def launch(kernel: Any, *args: Any, grid: Any, **_: Any) -> None:
+        if kernel.__name__ == "align_kernel":
+            launched.append((grid[0], args[kernel.arg_names.index("weights")] is None))
+
+    monkeypatch.setattr(triton.JITFunction, "run", launch)
+    for padded_rows in (0, 16):
+        arguments = make_inputs(layer, 64, padded_rows=padded_rows)
+        meta = {
+            name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            for name, value in arguments.items()
+        }
+        call = call_of(package, meta)
+        assert call.w13.values.is_contiguous() == (padded_rows == 0)
+        runtime.layer.run(layer, call, package._dispatch._PACKAGE._configs.tiles(layer, 64, None, H200))
+    (whole, none), (pieces, also_none) = launched
+    assert (none, also_none) == (False, False)
+    assert whole > pieces
 
 
 @pytest.mark.parametrize(

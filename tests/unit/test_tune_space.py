@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from moegen.device import TARGETS
+from moegen.runtime.cooperative_sizes import joins
 from moegen.runtime.device import DeviceFacts
-from moegen.runtime.tile import Gemm, TileConfig, why_illegal
+from moegen.runtime.tile import Gemm, TileConfig, why_illegal, why_illegal_pair
 from moegen.tune.replay import Sweep
-from moegen.tune.space import AXES, OPS, Kind, LayerSpace, Space, layer_space
+from moegen.tune.space import AXES, OPS, Kind, LayerSpace, Space, layer_space, varied
 from moegen.tune.trial import Measurement
 from tests.support.made_up import DEVICE, GEMMS
 
@@ -66,6 +67,21 @@ def test_from_half_a_slot_an_expert_on_the_family_cooperative_is_tried(
     kinds = space_of(tokens, quant).kinds
     assert tuple(kind.block_m for kind in kinds if kind.family == "cooperative") == sizes
     assert {kind.family for kind in space_of(tokens, quant, TARGETS["cuda:100"]).kinds} == {"portable"}
+
+
+@pytest.mark.parametrize("quant", ["fp8 block", "fp8", "bf16"])
+def test_a_launch_that_runs_both_gemms_has_one_config(quant: str) -> None:
+    """Varied together, so that no move of the search leaves the one launch for two."""
+    space, gemms = space_of(4096, quant), [replace(gemm, **BITS[quant]) for gemm in GEMMS.values()]
+    for kind in (kind for kind in space.kinds if kind.family == "cooperative"):
+        assert space.ops(kind) == ("gemm1",)
+        for tile in space.gemm1[kind].tiles:
+            pair = varied(space.start(kind), "gemm1", tile)
+            assert pair.gemm1 == pair.gemm2 == tile
+            assert pair in space
+            assert why_illegal_pair(pair, *gemms, DEVICE) is None
+            assert joins(pair, gemms[0]) == (quant == "bf16" or (quant == "fp8 block" and tile.BLOCK_SIZE_N == 256))
+        assert replace(space.start(kind), gemm2=replace(space.start(kind).gemm2, GROUP_SIZE_M=2)) not in space
 
 
 @pytest.mark.parametrize(("quant", "tokens"), [("fp8 block", 4096), ("bf16", 1)])
