@@ -19,7 +19,7 @@ import torch
 from moegen.bench import ROUTINGS
 from moegen.bench.measure import Options, measure_cell
 from moegen.bench.peers import PACKAGE, Candidate
-from moegen.bench.roofline import measure_ceilings, operand_dtype
+from moegen.bench.roofline import Ceilings, measure_ceilings, operand_dtype
 from moegen.bench.run import positive
 from moegen.load import import_package
 
@@ -42,15 +42,18 @@ def main() -> int:
         first, device = modules[0], torch.device("cuda")
         names = [PACKAGE, *(f"build {n}" for n in range(1, len(modules)))]
         candidates = [Candidate(name, module.fused_experts) for name, module in zip(names, modules, strict=True)]
+        ceilings: dict[torch.dtype, Ceilings] = {}
         for layer in first.LAYERS:
-            ceilings = measure_ceilings(operand_dtype(layer, device), device)
+            operands = operand_dtype(layer, device)
+            if operands not in ceilings:
+                ceilings[operands] = measure_ceilings(operands, device)
             for tokens in args.tokens:
                 cell = measure_cell(
                     layer,
                     tokens,
                     args.routing,
                     candidates,
-                    ceilings,
+                    ceilings[operands],
                     device=device,
                     options=Options(replays=args.replays),
                     reference=lambda _, *args, **kwargs: first.fused_experts(*args, **kwargs),

@@ -17,7 +17,6 @@ import torch
 
 from moegen.load import import_package
 from moegen.runtime.device import device_facts
-from moegen.tune.fingerprint import why_stale
 from moegen.tune.record import load_record
 
 # Model, shard. All that `moegen list --quant` shows of each.
@@ -74,11 +73,7 @@ def current(path: Path) -> set[int]:
     if not path.is_file():
         return set()
     record = load_record(path)
-    return {
-        tokens
-        for tokens, bucket in record.buckets.items()
-        if why_stale(bucket.kernels, bucket.tiles.gemm1.family, bucket.triton, record.variant) is None
-    }
+    return {tokens for tokens, bucket in record.buckets.items() if bucket.why_stale(record.variant) is None}
 
 
 def layers(folder: Path) -> Iterator[tuple[Path, str]]:

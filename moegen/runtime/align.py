@@ -104,9 +104,9 @@ def align_into(
     scratch                int32, at least `align_scratch_size(...)` elements, contents irrelevant; None if that is 0
     pdl                    programmatic dependent launch (kernel_parts.pdl_begin)
     weights                [num_experts, …] of any type, the first of which are brought into L2 if pdl
-    counters               int32 [NUM_TICKETS + cdiv(L, block_size)], set to 0 for kernels behind that count with them
     first_rows             int32 [cdiv(L, block_size) + 1]: how many slots stand before each block, padding not
                            counted; 0 behind the last used one; the last entry is the number of all slots
+    counters               int32 [NUM_TICKETS + cdiv(L, block_size)], set to 0 for kernels behind that count with them
     Raises ValueError for wrong sizes, TypeError for wrong dtypes.
     """
     _check_inputs(topk_ids, num_experts, expert_map)

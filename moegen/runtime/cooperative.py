@@ -102,7 +102,7 @@ def run_cooperative(
             S=sizes[0],
         )  # fmt: skip
         if not quantised:
-            written = Slots(None, None, 0, 0, num_live=assignment[3][-1:])
+            written = Slots(num_live=assignment[3][-1:])
             hidden = quantise(hidden.values, layer.scheme, w2.values.dtype, w2.input_scale, written, pdl)
         launch(
             "gemm2_cooperative", _sorted_rows(hidden, tiles.gemm2), weights[1], w2.bias, slot_outputs, None, *routing,

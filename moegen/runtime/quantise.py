@@ -33,10 +33,10 @@ class Slots(NamedTuple):
     that are sorted, the first `num_live` [1].
     """
 
-    topk_ids: torch.Tensor | None
-    expert_map: torch.Tensor | None
-    num_experts: int
-    num_local: int
+    topk_ids: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    num_experts: int = 0
+    num_local: int = 0
     num_live: torch.Tensor | None = None
 
 
@@ -62,7 +62,7 @@ def quantise(
     target = torch.int8 if kind == "int8" else torch.float8_e4m3fn if fake else dtype
     largest = INT8_MAX if kind == "int8" else FP8_MAX[target]
     values = torch.empty_like(x) if fake else x.new_empty(x.shape, dtype=target)
-    routing = slots if slots is not None else Slots(None, None, 0, 0)
+    routing = slots if slots is not None else Slots()
     if scheme.kind == "tensor":
         return _by_tensor(x, values, static_scale, routing, largest, pdl)
     group = 32 if fake else scheme.group_k or depth

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from moegen.interop.strict import FileError
 from moegen.runtime.configs import RecordError
-from moegen.tune.fingerprint import why_stale
 from moegen.tune.record import NEVER_SLOWER, load_record
 
 
@@ -49,11 +48,7 @@ def check_record(path: Path, placed: bool) -> list[Finding]:
         if bucket.gain is not None and bucket.gain * NEVER_SLOWER < 1:
             slower = f"{bucket.us} µs, the default {bucket.default_us} µs"
             findings.append(found("invalid", f"{path}: buckets.{tokens}.us: slower than the default: {slower}"))
-        reason = (
-            None
-            if bucket.source
-            else why_stale(bucket.kernels, bucket.tiles.gemm1.family, bucket.triton, record.variant)
-        )
+        reason = None if bucket.source else bucket.why_stale(record.variant)
         if reason is not None:
             stale.setdefault(reason, []).append(str(tokens))
     for reason, tokens_of in stale.items():

@@ -57,10 +57,10 @@ def spec_of(variant: VariantSpec) -> MoESpec:
     )
 
 
-def family_kernels(kernels: str, family: str) -> str:
-    """One family's hash of a layer's, empty if there is none."""
-    hashes = dict(zip(FAMILIES, kernels.split("."), strict=False))
-    return hashes.get(family, "")
+def is_current(kernels: str, family: str, variant: VariantSpec) -> bool:
+    """Whether a package that would be built now has the same kernels of one family."""
+    then, now = (dict(zip(FAMILIES, one.split("."), strict=False)) for one in (kernels, current_kernels(variant)))
+    return then.get(family) == now.get(family)
 
 
 def why_stale(kernels: str, family: str, triton: str, variant: VariantSpec) -> str | None:
@@ -68,7 +68,7 @@ def why_stale(kernels: str, family: str, triton: str, variant: VariantSpec) -> s
     if triton not in {pair["triton"] for pair in TESTED}:
         known = ", ".join(pair["triton"] for pair in TESTED)
         return f"tuned with Triton {triton or '(not stated)'}, supported: {known}"
-    if family_kernels(kernels, family) != family_kernels(current_kernels(variant), family):
+    if not is_current(kernels, family, variant):
         return "their kernels have changed since they were tuned"
     return None
 

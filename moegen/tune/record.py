@@ -25,7 +25,7 @@ from moegen.runtime.device import DeviceFacts
 from moegen.runtime.layer import Layer
 from moegen.runtime.tile import LayerTiles
 from moegen.spec import SpecError, VariantSpec
-from moegen.tune.fingerprint import current_kernels, family_kernels
+from moegen.tune.fingerprint import is_current, why_stale
 
 NEVER_SLOWER = 1.01  # of the default's time, measured side by side: more is not published
 
@@ -62,6 +62,10 @@ class TunedBucket:
     def gain(self) -> float | None:
         """The default's time over this one: 1.05 is 5 % faster. None if nothing was measured."""
         return self.default_us / self.us if self.us and self.default_us else None
+
+    def why_stale(self, variant: VariantSpec) -> str | None:
+        """Why its times need not hold any more for this layer, or None."""
+        return why_stale(self.kernels, self.tiles.gemm1.family, self.triton, variant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,8 +293,7 @@ def rank(bucket: TunedBucket, variant: VariantSpec) -> tuple[bool, bool, tuple[i
 
     The gain and not the time, since only the two times of one bucket were measured side by side.
     """
-    family = bucket.tiles.gemm1.family
-    current = family_kernels(bucket.kernels, family) == family_kernels(current_kernels(variant), family)
+    current = is_current(bucket.kernels, bucket.tiles.gemm1.family, variant)
     return bucket.us is not None, current, version_key(bucket.triton), bucket.gain or 0.0
 
 

@@ -155,7 +155,7 @@ def test_first_rows(quant: str) -> None:
     scheme, stored = Scheme.parse(quant), SCHEMES[quant]
     x = random(8, 72, torch.bfloat16, 3)
     x[5:] = float("nan")
-    found = quantise(x, scheme, stored, None, Slots(None, None, 0, 0, num_live=torch.tensor([5], dtype=torch.int32)))
+    found = quantise(x, scheme, stored, None, Slots(num_live=torch.tensor([5], dtype=torch.int32)))
     alone = quantise(x[:5].contiguous(), scheme, stored, None, None)
     bits = torch.int16 if found.values.itemsize == 2 else torch.int8
     poison = torch.empty(3, 72, dtype=found.values.dtype)

@@ -1,7 +1,6 @@
 """tools/compare_builds.py, as far as it needs no GPU: each build runs its own modules, and what is shown."""
 
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,12 @@ from moegen.bench.timing import Timing
 from moegen.emit import emit
 from moegen.plan import make_plan
 from tests.support.packages import spec_of
+from tests.support.tools import load_tool
 
 
 @pytest.fixture
 def tool() -> Any:
-    spec = spec_from_file_location("compare_builds", Path(__file__).parents[2] / "tools" / "compare_builds.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compare_builds")
 
 
 def test_builds_are_timed_beside_each_other(

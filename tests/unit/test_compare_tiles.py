@@ -1,7 +1,6 @@
 """tools/compare_tiles.py, as far as it needs no GPU: what it would time, and that it compiles."""
 
 from collections.abc import Callable
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +11,7 @@ from moegen.bench.measure import Cell, Result
 from moegen.bench.timing import Timing
 from moegen.device import TARGETS
 from moegen.load import with_tiles
+from tests.support.tools import load_tool
 
 H200 = TARGETS["cuda:90"]
 SIZES = {"num_experts": 16, "top_k": 4, "hidden_size": 1024, "intermediate_size": 640}
@@ -19,12 +19,7 @@ SIZES = {"num_experts": 16, "top_k": 4, "hidden_size": 1024, "intermediate_size"
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    spec = spec_from_file_location("compare_tiles", Path(__file__).parents[2] / "tools" / "compare_tiles.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compare_tiles")
 
 
 @pytest.mark.parametrize(
