@@ -16,6 +16,7 @@ from moegen.aot import Compiled, compile_call, meta_call
 from moegen.load import import_package
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import LayerTiles, TileConfig
+from moegen.tune.cache_keys import settle_cache_keys
 from moegen.tune.child import Child, ChildError
 from moegen.tune.space import OPS
 from moegen.tune.trial import Measurement, Status
@@ -180,7 +181,9 @@ class CompileWorker:
 
     def kernels(self, job: Job) -> list[Compiled]:
         """What the job compiles."""
-        package = import_package(job.folder)._dispatch._PACKAGE
+        module = import_package(job.folder)
+        settle_cache_keys(module)
+        package = module._dispatch._PACKAGE
         layer = next(layer for layer in package.layers if layer.slug == job.slug)
         call = meta_call(package, layer, job.tokens, job.device)
         return compile_call(package, layer, call, job.tiles, job.target, job.wants)

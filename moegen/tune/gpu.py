@@ -27,6 +27,7 @@ from moegen.bench.workload import LayerCall
 from moegen.load import import_package
 from moegen.runtime.device import device_facts
 from moegen.runtime.tile import LayerTiles
+from moegen.tune.cache_keys import settle_cache_keys
 from moegen.tune.child import one_line
 from moegen.tune.compile_pool import TOO_MUCH
 from moegen.tune.trial import Measurement, Status
@@ -108,6 +109,7 @@ class GpuWorker:
     def __init__(self, setup: Setup) -> None:
         torch.cuda.set_device(setup.gpu)
         self._module = import_package(setup.folder)
+        settle_cache_keys(self._module)
         self._layer = next(layer for layer in self._module.LAYERS if layer.slug == setup.slug)
         self._device = torch.device("cuda", setup.gpu)
         self._module.runtime.checks.check_device(self._layer.scheme, device_facts(setup.gpu))

@@ -14,6 +14,7 @@ from moegen.bench.workload import LayerCall, draw_routing, draw_weights
 from moegen.load import import_package
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import LayerTiles
+from moegen.tune.cache_keys import settle_cache_keys
 from moegen.tune.compile_pool import Compilation, Job
 from moegen.tune.gpu import Answer, Compare, Describe, GpuWorker, Measure, Prepare, Setup, package_call
 from moegen.tune.space import OPS
@@ -143,6 +144,7 @@ class StubGpu:
         from triton import knobs
 
         self.module = import_package(folder)
+        settle_cache_keys(self.module)
         self.layer = next(layer for layer in self.module.LAYERS if layer.slug == slug)
         self.weights = draw_weights(self.layer, torch.Generator().manual_seed(0))
         triton.runtime.driver.set_active(StubDriver())
