@@ -39,16 +39,16 @@ def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts
     slots, mean = tokens * gemm1.top_k, mean_slots(gemm1, tokens)
     wide = mean >= 48
     if gemm1.group_k:
-        faster = mean * gemm2.depth >= 2048
+        faster = mean * gemm2.depth > 2048
     elif gemm1.is_w8a8:
-        faster, wide = mean >= 32, mean >= (64 if gemm2.depth >= 4096 else 128)
+        faster, wide = mean >= 32, mean >= (64 if gemm2.depth >= 1024 else 128)
     elif gemm2.depth <= 384:
         faster = 2 * slots >= gemm1.num_experts
     elif gemm2.depth <= 1024:
         faster = mean * gemm2.depth >= 6144
     elif gemm2.depth < 8192:
         lone = 4 * slots <= gemm1.num_experts  # most of them alone with their expert, but tiles for all multiprocessors
-        faster = mean >= 32 or (lone and slots * gemm1.rows >= 256 * 2 * device.num_sms)
+        faster = mean >= (16 if gemm2.depth < 2048 else 32) or (lone and slots * gemm1.rows >= 256 * 2 * device.num_sms)
     else:
         faster = 512 <= mean <= 1024
     if not faster:
@@ -65,16 +65,18 @@ def family_tiles(family: str, gemm1: Gemm, gemm2: Gemm, block_m: int, device: De
 def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:
     """Low tiles, for even shares, unless a block has many or rows of w2 do not fill them.
 
-    Within 2 % of the fastest of up to nine for each of six shapes in bf16 and three in block fp8 on an H200
-    (docs/results/experiments/h200-tiles-of-one-and-four-tokens.csv).
+    From up to nine tiles for each of six shapes in bf16 and three in block fp8 on an H200
+    (docs/results/experiments/h200-tiles-of-one-and-four-tokens.csv) and the records in tuned_configs/.
     """
-    quantised, many = gemm1.is_w8a8, gemm1.top_k * gemm1.rows >= 32 * 4 * device.num_sms
+    quantised, many = gemm1.is_w8a8, gemm1.top_k * gemm1.rows > 32 * 4 * device.num_sms
     if gemm2.depth <= 256 or (many and not quantised):
         rows, depth, warps, stages = 32, 256, 8, 6
-    elif many:
-        rows, depth, warps, stages = 32, 512, 8, 5
+    elif many or not gemm1.gated:
+        rows, depth, warps, stages = (32, 512, 8, 5) if quantised else (32, 256, 4, 6)
+    elif quantised:
+        rows, depth, warps, stages = (16, 512, 4, 8) if gemm2.depth <= 512 else (16, 512, 8, 11)
     else:
-        rows, depth, warps, stages = (16, 512, 8, 11) if quantised else (16, 512, 4, 6)
+        rows, depth, warps, stages = 16, 512, 4, 6
     tile = TileConfig(block_m, rows, depth, PDL=device.has_pdl, num_warps=warps, num_stages=stages, family="stream")
     return LayerTiles(tile, tile)
 
@@ -114,7 +116,7 @@ def _portable_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, 
     if gemm1.is_w8a8 and gemm1.group_k:
         block_m = min(block_m, 64)  # scaling at every step holds twice the accumulators
     pick = _default_float32_tile if gemm1.is_float32 else _default_tile
-    tiles = [pick(gemm, block_m, slots if low_latency else 0, device) for gemm in (gemm1, gemm2)]
+    tiles = [pick(gemm, block_m, slots, low_latency, device) for gemm in (gemm1, gemm2)]
     return LayerTiles(*(_fitted(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)))
 
 
@@ -136,7 +138,10 @@ def _block_m(mean: float, least: int, decoded: bool) -> int:
     return 128
 
 
-def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+def _default_tile(gemm: Gemm, block_m: int, slots: int, low_latency: bool, device: DeviceFacts) -> TileConfig:
+    lone_slots = slots if low_latency else 0
+    # A scale for every 16 values: four warps were 1.06 to 1.17 times as fast as eight in eight records (nvfp4).
+    small_groups = gemm.is_decoded and gemm.group_k == 16 and device.has_wgmma
     big = device.shared_memory >= 160 * 1024
     deep = 128 // min(gemm.a_bits, 16) * 8  # 128 bytes of activations
     if gemm.is_w8a8 and gemm.group_k:
@@ -144,14 +149,16 @@ def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
     if block_m == 128:
         wide = 256 if big and gemm.w_bits >= gemm.a_bits else 128
         stages = 4 if device.has_wgmma and gemm.w_bits == 16 else 3
-        return TileConfig(128, wide, deep, 16, num_warps=8, num_stages=stages)
+        return TileConfig(128, wide, deep, 16, num_warps=4 if small_groups else 8, num_stages=stages)
+    if block_m == 64 and small_groups and gemm.depth >= 2048:
+        deep = 128
     if block_m == 64:
         return TileConfig(64, 128, deep, 8, num_warps=4, num_stages=3)
     if not device.has_wgmma:
         depth = deep if gemm.is_w8a8 else 128 if big else 64
         return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
     if gemm.is_decoded and block_m <= 16:
-        return _decoded_tile(gemm, block_m, lone_slots, device)
+        return _decoded_tile(gemm, block_m, slots, low_latency, device)
     if gemm.is_w8a8 and block_m <= 16:
         return _narrow_tile(gemm, block_m, deep, lone_slots)
     if lone_slots and lone_slots * gemm.rows > 64 * 2 * device.num_sms:
@@ -163,20 +170,22 @@ def _default_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts
     return TileConfig(block_m, 64, depth, group, SWAP_AB=True, num_warps=4, num_stages=stages)
 
 
-def _decoded_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:
+def _decoded_tile(gemm: Gemm, block_m: int, slots: int, low_latency: bool, device: DeviceFacts) -> TileConfig:
     """Few tokens, weights decoded in registers: two warps share the rows, and each decodes only what it multiplies.
 
     Four would get wgmma, for which decoded weights pass through shared memory.
     """
-    if lone_slots and lone_slots * gemm.rows <= 32 * 14 * device.num_sms:
+    most = 14 if low_latency else 44 if gemm.rows < 2048 else 0
+    few = block_m == 8 and slots * gemm.rows <= 32 * most * device.num_sms
+    if few or (block_m == 8 and gemm.zero_points):
         wide, deep = 32, 256
     else:
-        shallow = gemm.zero_points or block_m == 16 or (lone_slots and gemm.w_bits == 8)
-        wide, deep = 64, 128 if shallow else 256
-    if gemm.depth <= 256:
-        deep = 128  # two steps, not one
-    group = _ALL_SLOTS if lone_slots else 1
-    return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=3)
+        wide, deep = 64, 128 if block_m == 16 or (low_latency and gemm.w_bits == 8) else 256
+    if gemm.depth < 512:
+        deep = 128  # two steps or three, not one or one and a half
+    stages = 4 if few and gemm.rows < 1024 and gemm.depth >= 4096 else 3
+    group = _ALL_SLOTS if low_latency else 1
+    return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=stages)
 
 
 def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int) -> TileConfig:
@@ -195,7 +204,13 @@ def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int) -> TileCo
     return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=2 if short else 3)
 
 
-def _default_float32_tile(gemm: Gemm, block_m: int, lone_slots: int, device: DeviceFacts) -> TileConfig:  # noqa: ARG001
+def _default_float32_tile(
+    gemm: Gemm,
+    block_m: int,
+    slots: int,
+    low_latency: bool,
+    device: DeviceFacts,  # noqa: ARG001
+) -> TileConfig:
     """Exact float32 products have no tensor cores: small tiles, since every operand goes through registers."""
     return TileConfig(min(block_m, 64), 64, 32, 8, num_warps=4, num_stages=2)
 
