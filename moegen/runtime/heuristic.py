@@ -39,7 +39,7 @@ def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts
     slots, mean = tokens * gemm1.top_k, mean_slots(gemm1, tokens)
     wide = mean >= 48
     if gemm1.group_k:
-        faster = mean * gemm2.depth > 2048
+        faster = mean > 1 and mean * gemm2.depth >= 2048
     elif gemm1.is_w8a8:
         faster, wide = mean >= 32, mean >= (64 if gemm2.depth >= 1024 else 128)
     elif gemm2.depth <= 384:
