@@ -146,7 +146,8 @@ class _Run:
                 batch = side.ask(BATCH)
                 soon = [varied(self._best[kind], op, tile) for tile in batch + side.sampled]
                 self._measurer.prefetch(self._space.tokens, soon)
-                waiting.append((kind, op, batch))
+                if batch:  # of a GEMM that has no more, it would take the place of one that is to be compiled
+                    waiting.append((kind, op, batch))
                 if len(waiting) > AHEAD:
                     self._measure_batch(*waiting.popleft())
         for batch_of in waiting:
