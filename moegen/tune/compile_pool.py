@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from moegen.aot import Compiled, compile_call, meta_call
+import torch
+import triton
+
+from moegen.aot import Compiled, compile_call, compile_launches, meta_call
 from moegen.load import import_package
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import LayerTiles, TileConfig
@@ -160,17 +163,25 @@ class CompilePool:
         return done
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _nothing() -> None:
+    pass
+
+
 class CompileWorker:
-    """What runs in a worker process."""
+    """What runs in a worker process.
+
+    A process's first kernel takes a second or more longer than the next ones: Triton hashes itself, torch imports sympy
+    for a meta tensor. That is over before the first job comes, since the process with the GPU takes longer to start.
+    """
 
     def __init__(self) -> None:
-        import torch
-        from triton import knobs
-
         os.nice(NICENESS)
         torch.set_num_threads(1)
+        torch.empty_like(torch.empty(1, device="meta"))
+        compile_launches(lambda: _nothing[(1,)](), "", 0, "cuda:90")
         self._misses = 0
-        knobs.compilation.listener = self._listen
+        triton.knobs.compilation.listener = self._listen
 
     def _listen(self, *, cache_hit: bool, **_: object) -> None:
         self._misses += not cache_hit
