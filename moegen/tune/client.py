@@ -120,9 +120,11 @@ class GpuMeasurer:
         return jobs_of(self._setup.folder, self._setup.slug, self.device, tokens, tiles)
 
     def _failure(self, tokens: int, tiles: LayerTiles) -> Measurement | None:
-        """Wait until all kernels are compiled; why one of them cannot be."""
+        """Wait until all kernels are compiled, with the bucket set up meanwhile; why one of them cannot be."""
+        futures = [self._pool.submit(job) for job in self._jobs(tokens, tiles)]
+        self._prepare(tokens)
         began = time.perf_counter()
-        results = [future.result() for future in [self._pool.submit(job) for job in self._jobs(tokens, tiles)]]
+        results = [future.result() for future in futures]
         self.usage.waiting_s += time.perf_counter() - began
         return next((result.failure for result in results if result.failure is not None), None)
 

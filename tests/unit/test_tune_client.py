@@ -86,6 +86,14 @@ def test_the_anchor_is_the_first_config_that_worked_in_whatever_process(gpu: Gpu
     assert anchors == ["None", "256", "256", "None", "64", "256"]
 
 
+def test_a_bucket_is_set_up_while_its_first_config_compiles(gpu: GpuMeasurer) -> None:
+    refused = replace(GOOD, gemm2=replace(GOOD.gemm2, num_stages=8))
+    assert gpu.measure(16, refused, None).us is None
+    before = gpu.usage.preparing_s
+    assert gpu.measure(16, GOOD, None).us == 64.0
+    assert gpu.usage.preparing_s == before
+
+
 def test_what_does_not_compile_never_reaches_the_gpu(gpu: GpuMeasurer) -> None:
     refused = replace(GOOD, gemm2=replace(GOOD.gemm2, num_stages=8))
     found = gpu.measure(16, refused, None)
