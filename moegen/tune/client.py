@@ -16,7 +16,7 @@ from moegen.runtime.tile import LayerTiles
 from moegen.tune.child import Child, ChildError, ChildTimeoutError
 from moegen.tune.compile_pool import CompilePool, Job, jobs_of
 from moegen.tune.gpu import Answer, Compare, Describe, Measure, Prepare, Setup
-from moegen.tune.trial import Measurement
+from moegen.tune.trial import SOON, Measurement
 
 WORKER = "moegen.tune.gpu:GpuWorker"
 TIME_LIMIT_S = 30.0  # of one config; most take a few hundredths of a second
@@ -95,11 +95,11 @@ class GpuMeasurer:
             self._device = cast(DeviceFacts, self._asked_twice(Describe()))
         return self._device
 
-    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles]) -> None:
-        """Compile these, in this order, behind what is queued already; returns at once."""
+    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles], rank: int = SOON) -> None:
+        """Compile these, in this order, behind what is queued with this rank already; returns at once."""
         for tiles in candidates:
             for job in self._jobs(tokens, tiles):
-                self._pool.submit(job)
+                self._pool.submit(job, rank)
 
     def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
         """Compile, check and time one pair. Its failures are measurements; MeasurerError if none could be measured."""

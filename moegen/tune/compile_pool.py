@@ -3,8 +3,9 @@
 Each worker is a Child: a compiler that hangs, crashes or raises fails the one kernel that it was given.
 """
 
+import heapq
+import itertools
 import os
-import queue
 import threading
 import time
 from concurrent.futures import Future
@@ -22,7 +23,7 @@ from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.cache_keys import settle_cache_keys
 from moegen.tune.child import Child, ChildError
 from moegen.tune.space import OPS
-from moegen.tune.trial import Measurement, Status
+from moegen.tune.trial import SOON, Measurement, Status
 
 WORKER = "moegen.tune.compile_pool:CompileWorker"
 TIME_LIMIT_S = 120.0  # for a few kernels; one takes about a second
@@ -82,25 +83,30 @@ def jobs_of(folder: Path, slug: str, device: DeviceFacts, tokens: int, tiles: La
 
 
 class CompilePool:
-    """Worker processes that compile jobs in the order in which they came; shared by all GPUs of a run.
+    """Worker processes that compile jobs: those of the lowest rank first, of one rank in the order in which they came.
 
     workers        how many; one a CPU core if None, less one for the process that measures
     time_limit_s   after which a job has failed and its worker is replaced
 
-    Every job is done once. One that failed has failed for all token counts. All methods are safe in all threads.
+    Every job is done once. One that failed has failed for all token counts. Jobs that differ by their token count alone
+    have most kernels in common, so they are not in work at the same time: the second one finds them in the cache.
+    Shared by all measurers of a process; all methods are safe in all threads.
     """
 
     def __init__(self, workers: int | None = None, *, time_limit_s: float = TIME_LIMIT_S, worker: str = WORKER) -> None:
-        count = workers or max(1, len(os.sched_getaffinity(0)) - 1)
+        self.workers = workers or max(1, len(os.sched_getaffinity(0)) - 1)
         self.compiled = 0  # kernels
         self.compiler_s = 0.0  # of all workers together
         self._time_limit_s = time_limit_s
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._closed = False
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._numbers = itertools.count()
+        self._queue: list[tuple[int, int, Job]] = []  # a heap; an entry whose rank is not the job's is out of date
+        self._ranks: dict[Job, int] = {}  # of the jobs that wait
+        self._in_work: dict[Job, list[tuple[int, int, Job]]] = {}  # job of any token count -> what waits for its end
         self._done: dict[Job, Future[Compilation]] = {}
         self._failed: dict[Job, Compilation] = {}
-        self._children = [Child(worker) for _ in range(count)]
+        self._children = [Child(worker) for _ in range(self.workers)]
         self._threads = [threading.Thread(target=self._serve, args=(child,), daemon=True) for child in self._children]
         for thread in self._threads:
             thread.start()
@@ -111,27 +117,30 @@ class CompilePool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, job: Job) -> Future[Compilation]:
+    def submit(self, job: Job, rank: int = SOON) -> Future[Compilation]:
         """Queue a job unless it is queued or done; its result is a failure rather than an exception.
 
-        RuntimeError if the pool is closed.
+        One that waits with a higher rank gets this one. RuntimeError if the pool is closed.
         """
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise RuntimeError("the compile pool is closed")
-            if job not in self._done:
+            new = job not in self._done
+            if new:
                 self._done[job] = Future()
-                self._jobs.put(job)
+            if new or rank < self._ranks.get(job, rank):
+                self._ranks[job] = rank
+                heapq.heappush(self._queue, (rank, next(self._numbers), job))
+                self._changed.notify()
             return self._done[job]
 
     def close(self) -> None:
         """Stop compiling: jobs in work are dropped, those that wait are cancelled."""
-        with self._lock:
+        with self._changed:
             self._closed = True
             for future in self._done.values():
                 future.cancel()
-        for _ in self._threads:
-            self._jobs.put(None)
+            self._changed.notify_all()
         for child in self._children:
             child.kill()
         for thread in self._threads:
@@ -140,14 +149,41 @@ class CompilePool:
     def _serve(self, child: Child) -> None:
         """One worker's thread: start the process before there is work, then do one job after the other."""
         child.start()
-        while (job := self._jobs.get()) is not None and not self._closed:
+        while (job := self._next()) is not None:
             future = self._done[job]
             if future.set_running_or_notify_cancel():
                 future.set_result(self._compile(child, job))
+            self._finished(job)
         child.stop()
 
+    def _next(self) -> Job | None:
+        """The job to do now, which is in work from then on; None once the pool is closed."""
+        with self._changed:
+            while not self._closed:
+                if not self._queue:
+                    self._changed.wait()
+                    continue
+                entry = heapq.heappop(self._queue)
+                rank, _, job = entry
+                if self._ranks.get(job) != rank:
+                    continue
+                behind = self._in_work.get(_anywhere(job))
+                if behind is not None:
+                    behind.append(entry)
+                    continue
+                del self._ranks[job]
+                self._in_work[_anywhere(job)] = []
+                return job
+        return None
+
+    def _finished(self, job: Job) -> None:
+        with self._changed:
+            for entry in self._in_work.pop(_anywhere(job)):
+                heapq.heappush(self._queue, entry)
+                self._changed.notify()
+
     def _compile(self, child: Child, job: Job) -> Compilation:
-        anywhere = replace(job, tokens=0)
+        anywhere = _anywhere(job)
         known = self._failed.get(anywhere)
         if known is not None:
             return known
@@ -155,12 +191,17 @@ class CompilePool:
             done = cast(Compilation, child.call(job, self._time_limit_s))
         except ChildError as error:
             done = Compilation(failure=Measurement("compile", message=f"{job.op}: compiler: {error}"))
-        with self._lock:
+        with self._changed:
             self.compiled += done.compiled
             self.compiler_s += done.seconds
             if done.failure is not None:
                 self._failed[anywhere] = done
         return done
+
+
+def _anywhere(job: Job) -> Job:
+    """What jobs have in common that differ by their token count alone."""
+    return replace(job, tokens=0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.queue import Queue
 from moegen.tune.space import OPS
-from moegen.tune.trial import Measurement, Measurer, plain_tiles
+from moegen.tune.trial import SOON, Measurement, Measurer, plain_tiles
 
 STATES = {"ok": TrialState.COMPLETE, "slow": TrialState.PRUNED}  # of the others, FAIL
 COMPARED = "compared"  # attribute of the trial that holds a comparison of finalists
@@ -116,9 +116,9 @@ class _Remembering:
         self._journal, self._layer, self._measurer, self._beat = journal, layer, measurer, beat
         self._buckets: dict[int, tuple[dict[LayerTiles, Measurement], optuna.Study]] = {}
 
-    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles]) -> None:
+    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles], rank: int = SOON) -> None:
         known, _ = self._bucket(tokens)
-        self._measurer.prefetch(tokens, [tiles for tiles in candidates if tiles not in known])
+        self._measurer.prefetch(tokens, [tiles for tiles in candidates if tiles not in known], rank)
 
     def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
         known, study = self._bucket(tokens)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moegen.runtime.tile import LayerTiles
-from moegen.tune.trial import Measurement, Measurer
+from moegen.tune.trial import SOON, Measurement, Measurer
 
 LINE_SECONDS = 30.0
 
@@ -118,8 +118,8 @@ class _Watched:
     def __init__(self, measurer: Measurer, state: State, progress: Progress) -> None:
         self._measurer, self._state, self._progress = measurer, state, progress
 
-    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles]) -> None:
-        self._measurer.prefetch(tokens, candidates)
+    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles], rank: int = SOON) -> None:
+        self._measurer.prefetch(tokens, candidates, rank)
 
     def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
         found = self._measurer.measure(tokens, tiles, best_us)

@@ -20,7 +20,7 @@ from typing import Any, cast
 from moegen.runtime.device import DeviceFacts
 from moegen.runtime.tile import Gemm, LayerTiles, TileConfig
 from moegen.tune.space import AXES, OPS, LayerSpace, kind_of, layer_space, varied
-from moegen.tune.trial import Measurement, Status
+from moegen.tune.trial import SOON, Measurement, Status
 
 RACE = 1.5  # a config this many times slower than the best is dropped early, as on the GPU
 FIELDS = tuple(field.name for field in fields(TileConfig))
@@ -111,7 +111,7 @@ class Replay:
         self._noise = noise
         self._random = random.Random(seed)  # noqa: S311 - no secret
 
-    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles]) -> None:
+    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles], rank: int = SOON) -> None:
         """Nothing to compile."""
 
     def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:

@@ -78,13 +78,11 @@ def search(
     seed: int = 0,
     warm: Sequence[LayerTiles] = (),
     stop: Callable[[], bool] = lambda: False,
-    closing: Callable[[], None] = lambda: None,
 ) -> Found:
     """Find the fastest pair of tile configs of `space`.
 
     warm: pairs to measure first; those that are not in the space are ignored. stop: asked before every batch; once it
-    is true, what has been measured is compared and the best of it returned. closing: called before the comparison, in
-    which nothing is left to compile. Raises KeyError for an unknown effort,
+    is true, what has been measured is compared and the best of it returned. Raises KeyError for an unknown effort,
     NothingRuns if no pair could be timed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -94,8 +92,20 @@ def search(
     run = _Run(space, measurer, budget - FINALISTS, seed)
     run.begin([pair for pair in warm if pair in space])
     run.explore(stop)
-    closing()
     return run.decide()
+
+
+def openings(space: LayerSpace) -> tuple[list[LayerTiles], list[LayerTiles]]:
+    """Pairs that a search of `space` begins with, and those that it goes on with where the heuristic's are the best."""
+    first = [space.default, *map(space.start, space.kinds), *space.others]
+    then = []
+    for kind in dict.fromkeys(map(kind_of, first[: 1 + len(space.kinds)])):  # in the order in which they are measured
+        start = space.start(kind)
+        for op in space.ops(kind):
+            own: Space = getattr(space, op)[kind]
+            near = dict.fromkeys([own.start, *own.neighbours(own.start), *own.tiles])
+            then += [varied(start, op, tile) for tile in itertools.islice(near, 1, 1 + BATCH)]
+    return first, then
 
 
 class _Run:
@@ -114,8 +124,8 @@ class _Run:
 
     def begin(self, warm: Sequence[LayerTiles]) -> None:
         """Find a pair to start from of each kind: the heuristic's or a warm one, whichever is faster."""
-        starts = map(self._space.start, self._space.kinds)
-        self._start([self._space.default, *warm, *starts, *self._space.others])
+        default, *others = openings(self._space)[0]
+        self._start([default, *warm, *others])
         for kind in self._space.kinds:
             if kind not in self._best:  # what is next to the heuristic's may run where that does not
                 first, second = (s[kind].neighbours(s[kind].start) for s in (self._space.gemm1, self._space.gemm2))

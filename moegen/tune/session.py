@@ -25,10 +25,10 @@ from moegen.tune.journal import Journal
 from moegen.tune.keep import Keeper
 from moegen.tune.progress import Progress, State
 from moegen.tune.record import Record, TunedBucket
-from moegen.tune.search import EFFORTS, Found, NothingRuns, search
+from moegen.tune.search import EFFORTS, Found, NothingRuns, openings, search
 from moegen.tune.sources import Source
 from moegen.tune.space import LayerSpace, kind_of
-from moegen.tune.trial import Measurement, Measurer, plain_tiles, tiles_of
+from moegen.tune.trial import NEXT, PERHAPS, Measurement, Measurer, plain_tiles, tiles_of
 
 NEAR = 2.0  # a record's bucket at most this many times away is worth trying
 
@@ -87,6 +87,7 @@ class Session:
         self._keeper, self._deadline = keeper, deadline
         self.effort, self.seed = effort, seed
         self.outcomes: dict[tuple[str, int], Outcome] = {}
+        self._announced: set[str] = set()
 
     def run(self) -> None:
         """Work until every bucket is done, here or by another worker, or the time is over; `outcomes` has the results.
@@ -154,15 +155,8 @@ class Session:
         try:
             measurer = self._journal.measurer(key, self._source.measurer(task.variant), beat)
             watched = self._progress.watch(measurer, state)
-            found = search(
-                space,
-                watched,
-                effort=self.effort,
-                seed=self.seed,
-                warm=warm,
-                stop=stop,
-                closing=lambda: self._prefetch_next(task, tokens, measurer),
-            )
+            self._announce(task, tokens, measurer)
+            found = search(space, watched, effort=self.effort, seed=self.seed, warm=warm, stop=stop)
         except (NothingRuns, MeasurerError) as error:
             self._progress.say(f"{task.variant.slug} T={tokens}: {error}")
             self.outcomes[key, tokens] = Outcome(key, tokens, reason=str(error))
@@ -175,12 +169,22 @@ class Session:
             raise Unfinished
         study.set_user_attr(f"found {self.effort} {self.seed}", plain_found(found))
 
-    def _prefetch_next(self, task: Task, tokens: int, measurer: Measurer) -> None:
-        """What the next bucket begins with compiles while this one's finalists are compared."""
-        following = next((other for other in task.buckets if other > tokens), None)
-        if following is not None:
-            space = self._source.space(task.variant, following)
-            measurer.prefetch(following, [space.default, *map(space.start, space.kinds)])
+    def _announce(self, task: Task, tokens: int, measurer: Measurer) -> None:
+        """What the buckets of a layer begin with compiles from its first bucket on, where compilers have time for it.
+
+        Neighbours have most of it in common. A bucket would have to wait for it otherwise: its first batches are asked
+        for together.
+        """
+        if task.key in self._announced:
+            return
+        self._announced.add(task.key)
+        left = [other for other in task.buckets if (task.key, other) not in self.outcomes]
+        left.sort(key=lambda other: (other < tokens, other))
+        found = [(other, *openings(self._source.space(task.variant, other))) for other in left]
+        for other, first, _ in found:
+            measurer.prefetch(other, first, NEXT)
+        for other, _, then in found:
+            measurer.prefetch(other, then, PERHAPS)
 
     def _keep(self, task: Task, tokens: int, found: Found, *, complete: bool) -> None:
         bucket = TunedBucket(

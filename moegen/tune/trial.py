@@ -10,6 +10,10 @@ from moegen.runtime.tile import LayerTiles, TileConfig
 # did not return in time, took its process down, or computes something else than the reference.
 Status = Literal["ok", "slow", "compile", "resources", "timeout", "crash", "wrong"]
 
+# When what is announced will be measured, and so what is compiled first: soon, by the search that goes on; as the first
+# of another bucket; or perhaps.
+SOON, NEXT, PERHAPS = range(3)
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -31,8 +35,8 @@ class Measurement:
 class Measurer(Protocol):
     """Measures the tile configs of one layer: on a GPU (client.py) or from a recorded sweep (replay.py)."""
 
-    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles]) -> None:
-        """Announce what will be measured soon, in that order, so that it can be compiled ahead."""
+    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles], rank: int = SOON) -> None:
+        """Announce what will be measured, in that order, so that it can be compiled ahead."""
 
     def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
         """Measure one pair; a failure is a Measurement, never an exception. A race is lost against best_us, µs."""

@@ -69,6 +69,17 @@ class FakeCompiler:
         return Compilation(compiled=1, seconds=0.5)
 
 
+class SlowCompiler:
+    """Compiles nothing, in PAUSE seconds; answers when it began, as `compiled` µs, and when it ended, as `seconds`."""
+
+    PAUSE = 0.3
+
+    def __call__(self, _: Job) -> Compilation:
+        began = time.monotonic()
+        time.sleep(self.PAUSE)
+        return Compilation(seconds=time.monotonic(), compiled=round(began * 1e6))
+
+
 class NoCompiler:
     """Finds that every kernel compiles, and that those of 8 stages are too large."""
 

@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +29,7 @@ from moegen.tune.progress import Progress, State
 from moegen.tune.record import load_record, record_text
 from moegen.tune.replay import Replay
 from moegen.tune.space import Kind
-from moegen.tune.trial import Measurement
+from moegen.tune.trial import NEXT, PERHAPS, SOON, Measurement
 from tests.support.records import LAYER, record
 from tests.support.sweeps import write_sweeps
 
@@ -85,24 +85,29 @@ def document(result: tuple[int, str, str], code: int = 0) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- end to end
 
 
-def test_the_next_bucket_is_announced_before_a_comparison(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that its first kernels compile while nothing else is to be compiled."""
-    seen: list[tuple[str, int]] = []
+def test_what_buckets_begin_with_is_announced_before_anything_is_measured(
+    tune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it compiles where compilers have time, and no bucket waits for its first batches."""
+    seen: list[tuple[int, int]] = []
 
-    def watched(name: str) -> Callable[..., Any]:
-        own = getattr(Replay, name)
+    def prefetch(_: Replay, tokens: int, candidates: Sequence[LayerTiles], rank: int = SOON) -> None:
+        assert candidates
+        seen.append((rank, tokens))
 
-        def call(self: Replay, tokens: int, *rest: Any) -> Any:
-            seen.append((name, tokens))
-            return own(self, tokens, *rest)
-
-        return call
-
-    for name in ("prefetch", "compare"):
-        monkeypatch.setattr(Replay, name, watched(name))
+    monkeypatch.setattr(Replay, "prefetch", prefetch)
     assert tune()[0] == 0
-    assert [seen[at - 1] for at, event in enumerate(seen) if event == ("compare", 1)] == [("prefetch", 16)]
-    assert [seen[at - 1] for at, event in enumerate(seen) if event == ("compare", 16)] == [("prefetch", 64)]
+    early = [(rank, tokens) for rank in (NEXT, PERHAPS) for tokens in TOKENS]
+    assert seen[: len(early)] == early
+    assert {rank for rank, _ in seen[len(early) :]} == {SOON}
+
+
+def test_what_is_done_is_not_announced(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    assert tune("--buckets", "1,64")[0] == 0
+    monkeypatch.setattr(Replay, "prefetch", lambda _, tokens, *__: seen.append(tokens))
+    assert tune()[0] == 0
+    assert set(seen) == {16}
 
 
 def test_end_to_end(tune: Any, package: Path, expected: str, tmp_path: Path, capsys: Any) -> None:

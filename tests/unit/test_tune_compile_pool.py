@@ -1,5 +1,6 @@
 """The compile pool: a job is done once, a bad compiler fails one job, and what is compiled is what is launched."""
 
+import itertools
 import re
 import threading
 import time
@@ -19,6 +20,7 @@ from moegen.runtime.heuristic import default_tiles
 from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.child import Child
 from moegen.tune.compile_pool import CompilePool, Job, failure_of, jobs_of
+from moegen.tune.trial import NEXT, PERHAPS, SOON
 from tests.support.packages import spec_of
 from tests.support.tune_workers import EXIT, H200, HANG, KILLED, NOISY, RAISE, SEGFAULT
 
@@ -93,6 +95,41 @@ def test_a_failure_holds_for_all_token_counts(fake: CompilePool) -> None:
 
 def test_noise_on_stdout_is_no_failure(fake: CompilePool) -> None:
     assert fake.submit(jobs(bad(NOISY))[1]).result(30).failure is None
+
+
+SLOW = "tests.support.tune_workers:SlowCompiler"
+
+
+def test_the_lowest_rank_is_compiled_first() -> None:
+    with CompilePool(1, worker=SLOW) as pool:
+        busy = pool.submit(jobs()[1])
+        while not busy.running():
+            time.sleep(0.01)
+        ranks = (PERHAPS, NEXT, SOON, PERHAPS, NEXT)
+        waiting = [pool.submit(jobs(bad(10 + index))[1], rank) for index, rank in enumerate(ranks)]
+        assert pool.submit(jobs(bad(13))[1], SOON) is waiting[3]  # what is wanted sooner goes up,
+        assert pool.submit(jobs(bad(11))[1], PERHAPS) is waiting[1]  # and never down
+        ended = [future.result(30).seconds for future in waiting]
+    assert sorted(range(len(ranks)), key=ended.__getitem__) == [2, 3, 1, 4, 0]
+
+
+def test_jobs_of_other_token_counts_wait_for_each_other_alone() -> None:
+    """The first one's kernels are in the cache when the second one begins."""
+    with CompilePool(3, worker=SLOW) as pool:
+        alike = [pool.submit(jobs(tokens=tokens)[1]) for tokens in (1, 16, 64)]
+        other = pool.submit(jobs()[2]).result(30)
+        found = sorted((future.result(30) for future in alike), key=lambda done: done.seconds)
+    for one, following in itertools.pairwise(found):
+        assert following.compiled / 1e6 >= one.seconds
+    assert other.compiled < found[1].compiled
+
+
+def test_group_size_m_is_an_argument_of_cooperative_kernels() -> None:
+    tile = TileConfig(128, 256, 64, 4, num_warps=8, num_stages=4, family="cooperative")
+    other = replace(tile, GROUP_SIZE_M=16)
+    assert jobs(LayerTiles(tile, tile)) == jobs(LayerTiles(other, other))
+    deeper = replace(tile, num_stages=5)
+    assert jobs(LayerTiles(tile, tile)) != jobs(LayerTiles(deeper, deeper))
 
 
 def test_threads_share_it(fake: CompilePool) -> None:

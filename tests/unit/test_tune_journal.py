@@ -18,7 +18,7 @@ from moegen.tune import queue as queue_module
 from moegen.tune.journal import Journal
 from moegen.tune.replay import Replay
 from moegen.tune.space import Kind
-from moegen.tune.trial import Measurement
+from moegen.tune.trial import PERHAPS, SOON, Measurement
 from tests.support.made_up import made_up_sweep
 
 SWEEP = made_up_sweep(16)
@@ -31,12 +31,12 @@ class Counting(Replay):
 
     def __init__(self) -> None:
         super().__init__([SWEEP])
-        self.announced: list[LayerTiles] = []
+        self.announced: list[tuple[int, LayerTiles]] = []
         self.asked: list[LayerTiles] = []
         self.compared = 0
 
-    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles]) -> None:  # noqa: ARG002
-        self.announced += candidates
+    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles], rank: int = SOON) -> None:  # noqa: ARG002
+        self.announced += [(rank, tiles) for tiles in candidates]
 
     def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
         self.asked.append(tiles)
@@ -121,7 +121,8 @@ def test_only_what_is_unknown_is_announced(storage: str) -> None:
     measurer = Journal(storage, "scope").measurer("layer", inner)
     measurer.measure(16, PAIRS[0], None)
     measurer.prefetch(16, PAIRS[:3])
-    assert inner.announced == PAIRS[1:3]
+    measurer.prefetch(16, PAIRS[3:4], PERHAPS)
+    assert inner.announced == [(SOON, PAIRS[1]), (SOON, PAIRS[2]), (PERHAPS, PAIRS[3])]
 
 
 def test_a_comparison_is_remembered_as_a_whole(storage: str) -> None:

@@ -7,9 +7,9 @@ import pytest
 
 from moegen.runtime.tile import LayerTiles
 from moegen.tune.replay import Replay, Sweep
-from moegen.tune.search import BATCH, EFFORTS, EXHAUSTED, Found, NothingRuns, search
-from moegen.tune.space import OPS, Kind, LayerSpace
-from moegen.tune.trial import Measurement
+from moegen.tune.search import AHEAD, BATCH, EFFORTS, EXHAUSTED, Found, NothingRuns, openings, search
+from moegen.tune.space import OPS, Kind, LayerSpace, kind_of
+from moegen.tune.trial import SOON, Measurement
 from tests.support.made_up import made_up_sweep
 
 SWEEPS = {tokens: made_up_sweep(tokens) for tokens in (16, 256, 4096)} | {1: made_up_sweep(1, low_latency=True)}
@@ -22,17 +22,22 @@ class Watched(Replay):
         super().__init__([sweep])
         self.wrong = wrong or {}
         self.announced: set[tuple[str, object]] = set()
+        self.announcements: list[list[LayerTiles]] = []
+        self.ahead: list[int] = []  # at each measurement, how many kernels were announced and not measured yet
         self.asked: list[LayerTiles] = []
         self.best: list[float | None] = []
         self.finalists: Sequence[LayerTiles] = ()
 
-    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles]) -> None:  # noqa: ARG002
+    def prefetch(self, tokens: int, candidates: Sequence[LayerTiles], rank: int = SOON) -> None:  # noqa: ARG002
+        self.announcements.append(list(candidates))
         self.announced |= {kernel for pair in candidates for kernel in (("1", pair.gemm1), ("2", pair.gemm2))}
 
     def measure(self, tokens: int, tiles: LayerTiles, best_us: float | None) -> Measurement:
         assert {("1", tiles.gemm1), ("2", tiles.gemm2)} <= self.announced
         self.asked.append(tiles)
         self.best.append(best_us)
+        measured = {kernel for pair in self.asked for kernel in (("1", pair.gemm1), ("2", pair.gemm2))}
+        self.ahead.append(len(self.announced - measured))
         found = super().measure(tokens, tiles, best_us)
         return self.wrong.get(tiles, found)
 
@@ -101,11 +106,31 @@ def test_the_other_assignment_is_measured_and_may_win() -> None:
     assert all(pair.low_latency is None for pair in measurer.asked if pair != other)
 
 
-def test_closing_comes_between_the_last_measurement_and_the_comparison() -> None:
-    measurer = Watched(SWEEPS[16])
-    seen: list[tuple[int, int]] = []
-    found, _ = run(16, measurer, closing=lambda: seen.append((len(measurer.asked), len(measurer.finalists))))
-    assert seen == [(found.tried, 0)]
+@pytest.mark.parametrize("tokens", sorted(SWEEPS))
+def test_openings_are_what_a_search_begins_with(tokens: int) -> None:
+    space = SWEEPS[tokens].space
+    first, then = openings(space)
+    _, asked = run(tokens)
+    assert asked.announcements[0] == first
+    turn = min(AHEAD, sum(len(space.ops(kind)) for kind in space.kinds))  # of it what is announced unmeasured
+    batches = [soon[:BATCH] for soon in asked.announcements[1 : 1 + turn]]
+    assert [pair for batch in batches for pair in batch] == then[: sum(map(len, batches))]
+
+
+def test_a_gemm_without_more_configs_takes_no_place_among_those_that_compile() -> None:
+    """The best kind's turn comes always, even when all of it has been measured."""
+    whole = SWEEPS[256].space
+    best = kind_of(Replay([SWEEPS[256]]).optimum(256)[0])
+    other = next(kind for kind in whole.kinds if kind.family == "portable" and kind != best)
+    few = [
+        {best: replace(own[best], tiles=(own[best].start, *own[best].tiles[:BATCH])), other: own[other]}
+        for own in (whole.gemm1, whole.gemm2)
+    ]
+    space = LayerSpace(256, whole.start(best), *few)
+    measurer = Watched(SWEEPS[256])
+    search(space, measurer, effort="quick")
+    begun, last = len(space.kinds), (AHEAD + 1) * BATCH
+    assert min(measurer.ahead[begun:-last]) >= AHEAD * BATCH
 
 
 def test_the_race_is_against_the_best_so_far() -> None:
