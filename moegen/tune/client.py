@@ -38,6 +38,12 @@ class Usage:
     measuring_s  the GPU process worked on a config
     starts       processes started: all but the first replaced one that was lost
     compiled     kernels that the GPU process had to compile itself: a pool that knows its kernels leaves none
+
+    What the compile pool did, which all measurers of a run share:
+
+    compilers    worker processes
+    ahead        kernels that they compiled
+    compiler_s   how long they worked, all together
     """
 
     statuses: Counter[str] = field(default_factory=Counter)
@@ -46,6 +52,9 @@ class Usage:
     measuring_s: float = 0.0
     starts: int = 0
     compiled: int = 0
+    compilers: int = 0
+    ahead: int = 0
+    compiler_s: float = 0.0
 
 
 class GpuMeasurer:

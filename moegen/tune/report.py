@@ -31,6 +31,8 @@ def document(package: str, tasks: Sequence[Task], source: Source, session: Sessi
 
     waiting_for_compiler is the share of the wall time that the GPU spent waiting for it; preparing_s and measuring_s
     are seconds in which workloads were set up and configs measured; compiled_late are kernels nobody compiled ahead.
+    compilers processes compiled `compiled` kernels in compiler_s seconds of all of them together. Where that is about
+    all the time there was, more cores would help; else the GPU waited for single kernels.
     """
     usage, slugs = source.usage, {task.key: task.variant.slug for task in tasks}
     measured = sum(number for status, number in usage.statuses.items() if status != "final")
@@ -45,6 +47,9 @@ def document(package: str, tasks: Sequence[Task], source: Source, session: Sessi
         "waiting_for_compiler": round(usage.waiting_s / wall_s, 4),
         "preparing_s": round(usage.preparing_s, 2),
         "measuring_s": round(usage.measuring_s, 2),
+        "compilers": usage.compilers,
+        "compiled": usage.ahead,
+        "compiler_s": round(usage.compiler_s, 2),
         "compiled_late": usage.compiled,
         "processes_lost": max(0, usage.starts - 1),
         "files": [str(path) for path in session.files()],
@@ -66,7 +71,7 @@ def _plain(slug: str, outcome: Outcome) -> dict[str, Any]:
     return {**plain, "complete": outcome.complete, "reason": outcome.reason}
 
 
-_SUMS = ("preparing_s", "measuring_s", "compiled_late", "processes_lost")
+_SUMS = ("preparing_s", "measuring_s", "compilers", "compiled", "compiler_s", "compiled_late", "processes_lost")
 
 
 def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -108,6 +113,10 @@ def summary(found: dict[str, Any]) -> str:
     lines.append(
         f"workloads were set up in {found['preparing_s']:.0f} s, measuring took {found['measuring_s']:.0f} s{late}"
     )
+    if found["compilers"]:
+        busy = found["compiler_s"] / (found["compilers"] * found["wall_s"])
+        took = f"{found['compiler_s']:.0f} s of compiling"
+        lines.append(f"{found['compiled']} kernels in {took}; {found['compilers']} compilers were busy {busy:.0%}")
     lines += [f"result: {path}" for path in found["files"]]
     return "\n".join(line.rstrip() for text in lines for line in text.split("\n"))
 

@@ -99,8 +99,9 @@ class GpuSource:
 
     @property
     def usage(self) -> Usage:
-        """The sum over the layers so far."""
-        total = Usage()
+        """The sum over the layers so far, and what was compiled for them."""
+        pool = self._pool
+        total = Usage(compilers=pool.workers, ahead=pool.compiled, compiler_s=pool.compiler_s)
         for one in self._used:
             total.statuses.update(one.statuses)
             for name in ("waiting_s", "preparing_s", "measuring_s", "starts", "compiled"):

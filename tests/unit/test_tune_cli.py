@@ -579,6 +579,8 @@ def test_on_a_gpu(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["processes_lost"] == 0
     assert found["measured"] > 40
     assert 0 < found["waiting_for_compiler"] < 1
+    assert (found["compilers"], found["compiled"]) == (1, 0)
+    assert found["compiler_s"] == 0
     assert found["per_minute"] > 0
     buckets = load_record(package / "configs" / NAME).buckets
     assert {tokens: bucket.tiles.gemm1.BLOCK_SIZE_N for tokens, bucket in buckets.items()} == {16: 32, 64: 32}
@@ -669,6 +671,7 @@ def made(*buckets: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "waiting_for_compiler": 0.1,
     }
     facts |= {"preparing_s": 4.0, "measuring_s": 5.0, "compiled_late": 0, "processes_lost": 0}
+    facts |= {"compilers": 5, "compiled": 90, "compiler_s": 20.0}
     return {**facts, "files": ["a"], "buckets": list(buckets), **changes}
 
 
@@ -683,6 +686,7 @@ def test_documents_of_workers_are_merged() -> None:
     assert (found["wall_s"], found["measured"], found["per_minute"]) == (20.0, 300, 900.0)
     assert (found["waiting_for_compiler"], found["files"]) == (0.2, ["a"])
     assert (found["preparing_s"], found["measuring_s"]) == (8.0, 10.0)
+    assert (found["compilers"], found["compiled"], found["compiler_s"]) == (10, 180, 40.0)
 
 
 def test_spread() -> None:
@@ -776,6 +780,8 @@ def test_summary() -> None:
     ]
     assert "10 s, 100 measurements, 600 a minute; waited 10.0% for the compiler" in text
     assert "workloads were set up in 4 s, measuring took 5 s\n" in text
+    assert "90 kernels in 20 s of compiling; 5 compilers were busy 40%\n" in text
+    assert "compil" not in report.summary(made(bucket(1, 50.0), compilers=0)).splitlines()[-2]
 
 
 # --------------------------------------------------------------------------------------------------- export's journal
