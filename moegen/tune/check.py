@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moegen.interop.strict import FileError
 from moegen.runtime.configs import RecordError
-from moegen.tune.record import NEVER_SLOWER, load_record
+from moegen.tune.record import load_record
+from moegen.tune.trial import NEVER_SLOWER
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from triton import knobs
@@ -22,7 +23,7 @@ from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from moegen.bench.measure import WrongResultError
-from moegen.bench.timing import CapturedCalls, GraphMemory, Timing, release_memory, time_interleaved, time_rounds
+from moegen.bench.timing import Call, CapturedCalls, GraphMemory, Timing, release_memory, time_interleaved, time_rounds
 from moegen.bench.workload import LayerCall
 from moegen.load import import_package
 from moegen.runtime.device import device_facts
@@ -39,6 +40,9 @@ REPLAYS = 7
 FINAL_ROUNDS = 10  # finalists are replayed in turn, so many rounds at a time,
 FINAL_NOISE = 0.01  # until the noise of all of them is below this
 FINAL_LIMIT_S = 3.0  # or this long, warm-up excluded
+
+
+Graphs = TypeVar("Graphs")  # what is captured of a config to be timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +142,9 @@ class GpuWorker:
                     return self._prepare(tokens)
                 case Measure(tokens, tiles, best_us, known):
                     anchor = self._anchored(known or tiles)
-                    return self._answer(tokens, (tiles,), lambda graphs: [raced(graphs[0], best_us, anchor)])
+                    return self._answer(tokens, (tiles,), self._captured, lambda one: [raced(one[0], best_us, anchor)])
                 case Compare(tokens, finalists):
-                    return self._answer(tokens, finalists, compared)
+                    return self._answer(tokens, finalists, self._captured_apart, compared)
         raise TypeError(f"request: {type(request).__name__} is not known")
 
     def _prepare(self, tokens: int) -> str:
@@ -161,26 +165,27 @@ class GpuWorker:
         self,
         tokens: int,
         configs: Sequence[LayerTiles],
-        timed_by: Callable[[Sequence[CapturedCalls]], list[Measurement]],
+        captured_by: Callable[[Bucket, LayerTiles], Graphs],
+        timed_by: Callable[[Sequence[Graphs]], list[Measurement]],
     ) -> Answer:
         """Capture and check each config, then time those that passed, if any."""
         if self._bucket is None or self._bucket.tokens != tokens:
             raise ValueError(f"tokens: {tokens} is not allowed; allowed: the count that was prepared last")
         lost = False
-        results: list[Measurement | CapturedCalls] = []
+        results: list[Measurement | Graphs] = []
         for tiles in configs:
             try:
-                results.append(self._captured(self._bucket, tiles))
+                results.append(captured_by(self._bucket, tiles))
             except Exception as error:  # noqa: BLE001 - whatever a config causes is its result
                 failure = Measurement(status_of(error), message=one_line(error))
                 results.append(failure)
                 lost = lost or failure.status == "crash" or not _healthy()
-        ready = [result for result in results if isinstance(result, CapturedCalls)]
+        ready = [result for result in results if not isinstance(result, Measurement)]
         if lost:  # what was captured cannot be trusted to run
             timed = iter([Measurement("crash", message="lost with the GPU's state") for _ in ready])
         else:
             timed = iter(timed_by(ready) if ready else [])
-        found = tuple(next(timed) if isinstance(result, CapturedCalls) else result for result in results)
+        found = tuple(result if isinstance(result, Measurement) else next(timed) for result in results)
         compiled, self._misses = self._misses, 0
         return Answer(found, lost, compiled)
 
@@ -194,19 +199,28 @@ class GpuWorker:
 
     def _captured(self, bucket: Bucket, tiles: LayerTiles) -> CapturedCalls:
         """The graph of all calls with `tiles`, after both checks. Raises WrongResultError, and what launches raise."""
-        calls = [lambda call=call: self._run(call, tiles) for call in self._calls]
-        outputs = [call.out for call in self._calls]
-        outputs[0].fill_(float("nan"))
+        calls = self._launches(tiles)
+        self._calls[0].out.fill_(float("nan"))
         with poisoned_memory():
-            calls[0]()
-        bucket.checks[0].verify(outputs[0])
+            output = calls[0]()
+        bucket.checks[0].verify(output)
         captured = CapturedCalls(calls, self._memory)
         captured.poison_outputs()
         captured.replay()
         torch.cuda.synchronize()
         for check, index in zip(bucket.checks, (0, -1), strict=True):
-            check.verify(outputs[index])
+            check.verify(captured.outputs[index])
         return captured
+
+    def _captured_apart(self, bucket: Bucket, tiles: LayerTiles) -> tuple[CapturedCalls, ...]:
+        """A graph of the calls of each routing, once all of them together have passed both checks."""
+        self._captured(bucket, tiles)
+        calls = self._launches(tiles)
+        return tuple(CapturedCalls(calls[first :: bucket.routings], self._memory) for first in range(bucket.routings))
+
+    def _launches(self, tiles: LayerTiles) -> list[Call]:
+        """The bucket's calls with `tiles`; each returns its output."""
+        return [partial(self._run, call, tiles) for call in self._calls]
 
     def _run(self, call: Any, tiles: LayerTiles) -> torch.Tensor:  # noqa: ANN401 - as above
         """One layer call; returns its output."""
@@ -258,16 +272,28 @@ def anchored_rounds(graph: CapturedCalls, anchor: Anchor | None, replays: int) -
     return Timing(tuple(us / base_us * anchor.us for us, base_us in zip(timing.samples, base.samples, strict=True)))
 
 
-def compared(graphs: Sequence[CapturedCalls]) -> list[Measurement]:
-    """Time one or more graphs in turn until all of them are known well, or the time is over."""
+def compared(configs: Sequence[Sequence[CapturedCalls]]) -> list[Measurement]:
+    """Time the graphs of one or more configs in turn until all configs are known well, or the time is over.
+
+    A config's time is the mean of those of its graphs, one a routing and as many for each config.
+    """
+    graphs, routings = [graph for own in configs for graph in own], len(configs[0])
     timings = time_interleaved(graphs, replays=FINAL_ROUNDS)
     end = time.perf_counter() + FINAL_LIMIT_S
     while True:
         steady = without_drift(timings)
-        if max(timing.spread for timing in steady) < FINAL_NOISE or time.perf_counter() > end:
-            return [Measurement("ok", timing.us_per_call, timing.spread) for timing in steady]
+        found = [meaned(steady[first : first + routings]) for first in range(0, len(steady), routings)]
+        if max(one.spread for one in found) < FINAL_NOISE or time.perf_counter() > end:
+            return found
         more = time_rounds(graphs, FINAL_ROUNDS)
         timings = [Timing(old.samples + new.samples) for old, new in zip(timings, more, strict=True)]
+
+
+def meaned(timings: Sequence[Timing]) -> Measurement:
+    """What one config's timings, one a routing, say of it."""
+    mean = Timing(tuple(statistics.fmean(samples) for samples in zip(*(one.samples for one in timings), strict=True)))
+    apart = tuple(timing.us_per_call for timing in timings) if len(timings) > 1 else ()
+    return Measurement("ok", mean.us_per_call, mean.spread, apart=apart)
 
 
 def without_drift(timings: Sequence[Timing]) -> list[Timing]:

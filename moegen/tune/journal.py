@@ -159,7 +159,8 @@ def _attributes(found: Measurement) -> dict[str, Any]:
 
 
 def _measurement(attributes: dict[str, Any]) -> Measurement:
-    return Measurement(**{field.name: attributes[field.name] for field in fields(Measurement)})
+    known = {field.name: attributes[field.name] for field in fields(Measurement) if field.name in attributes}
+    return Measurement(**{**known, "apart": tuple(known.get("apart", ()))})
 
 
 def _trial(tiles: LayerTiles, found: Measurement, attributes: dict[str, Any]) -> FrozenTrial:

@@ -27,8 +27,6 @@ from moegen.runtime.tile import LayerTiles
 from moegen.spec import SpecError, VariantSpec
 from moegen.tune.fingerprint import is_current, why_stale
 
-NEVER_SLOWER = 1.01  # of the default's time, measured side by side: more is not published
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunedBucket:

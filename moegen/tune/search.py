@@ -55,7 +55,7 @@ class NothingRuns(RuntimeError):
 class Found:
     """The result of one bucket.
 
-    tiles       the winner; the default unless another one beats it by more than the noise
+    tiles       the winner; the default unless another one beats it by more than the noise, and loses under no routing
     us, spread  its time, µs, and relative noise, from the final comparison
     default_us  the default's time from that comparison, None if the default does not run
     tried       distinct pairs that were measured
@@ -178,6 +178,8 @@ class _Run:
         times = {pair: found.us for pair, found in results.items() if found.us is not None}
         if not times:
             raise NothingRuns(f"{self._space.tokens} tokens: none of the finalists could be timed again")
+        if default in times:  # a gain under one routing is not worth a loss under another
+            times = {pair: us for pair, us in times.items() if not results[pair].loses(results[default])}
         winner = min(times, key=times.__getitem__)
         if default in times:
             noise = max(results[winner].spread, results[default].spread)

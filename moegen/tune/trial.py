@@ -14,6 +14,8 @@ Status = Literal["ok", "slow", "compile", "resources", "timeout", "crash", "wron
 # of another bucket; or perhaps.
 SOON, NEXT, PERHAPS = range(3)
 
+NEVER_SLOWER = 1.01  # of the default's time, measured side by side: more is not published
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -24,12 +26,18 @@ class Measurement:
              config with status slow; None otherwise
     spread   relative noise of `us` (interquartile range / median)
     message  one line that says why there is no time
+    apart    from a comparison: the time of each routing alone, µs, whose mean `us` is; empty where there is but one
     """
 
     status: Status
     us: float | None = None
     spread: float = 0.0
     message: str = ""
+    apart: tuple[float, ...] = ()
+
+    def loses(self, other: "Measurement") -> bool:
+        """Whether this is slower than `other` under any of the routings that both were timed with."""
+        return any(us > NEVER_SLOWER * than for us, than in zip(self.apart, other.apart, strict=False))
 
 
 class Measurer(Protocol):

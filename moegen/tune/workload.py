@@ -1,7 +1,7 @@
 """What the tuner times at one token bucket: layer calls of balanced and of skewed routing, by turns, in one graph.
 
-So one time counts both routings. Everything is drawn from (seed, tokens) alone, so that a time does not depend on which
-process measured it, nor on the buckets that this process measured before.
+So one time counts both routings; finalists are compared with a graph of each. Everything is drawn from (seed, tokens)
+alone, so that a time does not depend on which process measured it, nor on the buckets that it measured before.
 """
 
 import math
@@ -40,11 +40,13 @@ class Bucket:
     """The calls of one token bucket in the order of the graph, and the oracle's rows of the first and the last.
 
     hot: the calls compute so much that the GPU's power limits its clock, so that what it did before shows in a time.
+    routings: how many take turns; call i is of routing i modulo routings.
     """
 
     tokens: int
     copies: int
     hot: bool
+    routings: int
     calls: tuple[LayerCall, ...]
     checks: tuple[Check, Check]
 
@@ -91,7 +93,8 @@ def build_bucket(
         calls.append(LayerCall(hidden, copied[index % copies], *routing))
     checks = [Check.of(layer, calls[index], layer_reference) for index in (0, -1)]
     hot = layer_flops(layer, tokens) / NOMINAL_FLOP_PER_US > HOT_SHARE * nominal_us(layer, tokens, fewest)
-    return Bucket(tokens, copies, hot, tuple(calls), (checks[0], checks[1]))
+    routings = len(ROUTINGS) if recorded is None else 1
+    return Bucket(tokens, copies, hot, routings, tuple(calls), (checks[0], checks[1]))
 
 
 def calls_of(call_us: float, copies: int) -> int:

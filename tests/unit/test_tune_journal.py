@@ -125,6 +125,16 @@ def test_only_what_is_unknown_is_announced(storage: str) -> None:
     assert inner.announced == [(SOON, PAIRS[1]), (SOON, PAIRS[2]), (PERHAPS, PAIRS[3])]
 
 
+def test_a_comparison_is_remembered_with_each_routing(storage: str) -> None:
+    class Apart(Counting):
+        def compare(self, tokens: int, finalists: Sequence[LayerTiles]) -> list[Measurement]:
+            return [replace(found, apart=(1.0, 2.0)) for found in super().compare(tokens, finalists)]
+
+    found = Journal(storage, "scope").measurer("layer", Apart()).compare(16, PAIRS[:2])
+    assert Journal(storage, "scope").measurer("layer", Counting()).compare(16, PAIRS[:2]) == found
+    assert {one.apart for one in found} == {(1.0, 2.0)}
+
+
 def test_a_comparison_is_remembered_as_a_whole(storage: str) -> None:
     first, again = Counting(), Counting()
     found = Journal(storage, "scope").measurer("layer", first).compare(16, PAIRS[:3])

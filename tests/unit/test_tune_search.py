@@ -152,6 +152,25 @@ def test_the_default_wins_unless_beaten_by_more_than_the_noise() -> None:
         assert SWEEPS[16].space.default in measurer.finalists
 
 
+def test_a_winner_loses_under_no_routing() -> None:
+    """Balanced routing and a power law: faster in the mean is not enough, and the next best may win."""
+    default = SWEEPS[16].space.default
+    fair, asked = run(16)
+    second = sorted(asked.finalists, key=lambda pair: asked.true(16, pair).us or 0.0)[1]
+    assert fair.default_us is not None
+    base = Measurement("ok", fair.default_us, 0.001, apart=(60.0, 100.0))
+    for apart, expected in (((60.5, 80.0), fair.tiles), ((60.7, 80.0), second), ((50.0, 101.1), second)):
+        answers = {default: base, fair.tiles: Measurement("ok", fair.us, 0.001, apart=apart)}
+        assert run(16, Watched(SWEEPS[16], answers))[0].tiles == expected
+
+    class Losing(Watched):
+        def compare(self, tokens: int, finalists: Sequence[LayerTiles]) -> list[Measurement]:
+            super().compare(tokens, finalists)
+            return [base if pair == default else Measurement("ok", 1.0, apart=(61.0, 1.0)) for pair in finalists]
+
+    assert run(16, Losing(SWEEPS[16]))[0].tiles == default
+
+
 def test_failures_are_counted_by_class_and_never_tried_again() -> None:
     sweep = made_up_sweep(16, failing="resources")
     found, asked = run(16, Watched(sweep))

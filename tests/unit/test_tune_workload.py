@@ -1,14 +1,18 @@
 """What is timed at a bucket: drawn from seed and tokens alone, both routings, weights that are drawn once."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from moegen.bench.timing import CapturedCalls, Timing
+from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune import gpu, workload
-from moegen.tune.gpu import Anchor, compared, raced, status_of, without_drift
+from moegen.tune.gpu import Anchor, GpuWorker, compared, raced, status_of, without_drift
+from moegen.tune.trial import Measurement
 from moegen.tune.workload import Bucket, WeightCopies, build_bucket, calls_of, read_routing
 from tests.support.fake_layer import FakeLayer
 
@@ -49,6 +53,7 @@ def test_copies_have_the_same_bits_at_other_addresses() -> None:
 def test_routings_take_turns() -> None:
     """A power law makes some experts much more popular than the mean; a balanced draw does not."""
     bucket = build(512)
+    assert bucket.routings == 2
     most = [int(call.topk_ids.long().flatten().bincount().max()) for call in bucket.calls]
     assert len(most) % 2 == 0
     assert max(most[0::2]) < 50 < 100 < min(most[1::2])
@@ -66,6 +71,7 @@ def test_calls_fill_a_replay(call_us: float, copies: int) -> None:
 def test_recorded_routing_is_replayed_in_order() -> None:
     recorded = torch.arange(20, dtype=torch.int32).view(10, 2)
     bucket = build(4, recorded=recorded)
+    assert bucket.routings == 1
     assert torch.equal(bucket.calls[0].topk_ids, recorded[:4])
     assert torch.equal(bucket.calls[1].topk_ids, recorded[4:8])
     assert torch.equal(bucket.calls[2].topk_ids, torch.cat((recorded[8:], recorded[:2])))
@@ -156,12 +162,65 @@ def test_finalists_are_compared_without_drift(monkeypatch: pytest.MonkeyPatch) -
     clock = Clock(drift=1.05)
     monkeypatch.setattr(gpu, "time_rounds", clock)
     monkeypatch.setattr(gpu, "time_interleaved", lambda graphs, replays: clock(graphs, replays))
-    slower, faster = compared(graphs(20.0, 10.0))
+    slower, faster = compared([graphs(20.0), graphs(10.0)])
     assert slower.us is not None
     assert faster.us is not None
     assert slower.us / faster.us == pytest.approx(2)
     assert max(slower.spread, faster.spread) < 1e-9
+    assert slower.apart == faster.apart == ()
     assert clock.rounds == gpu.FINAL_ROUNDS
+
+
+def test_routings_are_compared_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config's time is the mean over its routings."""
+    monkeypatch.setattr(gpu, "time_interleaved", lambda graphs, replays: Clock()(graphs, replays))
+    found = compared([graphs(20.0, 40.0), graphs(21.0, 37.0)])
+    assert [one.us for one in found] == [30.0, 29.0]
+    assert [one.apart for one in found] == [(20.0, 40.0), (21.0, 37.0)]
+    assert found[1].loses(found[0])
+    assert not found[0].loses(found[0])
+    assert not Measurement("ok", 50.0).loses(found[0])
+
+
+@pytest.mark.parametrize("routings", [1, 2])
+def test_a_graph_for_each_routing(routings: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a config that has passed both checks, with every call in it."""
+    order: list[int] = []
+    checked: list[int] = []
+
+    class Graph:
+        def __init__(self, calls: list[Any], memory: object) -> None:
+            assert memory is None
+            self.outputs = [call() for call in calls]
+            self.indices = [int(output) for output in self.outputs]
+
+        def poison_outputs(self) -> None: ...
+
+        replay = poison_outputs
+
+    class Worker(GpuWorker):
+        def __init__(self) -> None:
+            self._calls = [SimpleNamespace(out=torch.zeros(()), index=index) for index in range(4)]
+            self._memory = None
+
+        def _run(self, call: Any, _: LayerTiles) -> torch.Tensor:
+            order.append(call.index)
+            out: torch.Tensor = call.out.fill_(call.index)
+            return out
+
+    class Checked(SimpleNamespace):
+        def verify(self, output: torch.Tensor) -> None:
+            checked.append(int(output))
+
+    monkeypatch.setattr(gpu, "CapturedCalls", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    checks: Any = (Checked(), Checked())
+    tile = TileConfig(16, 64, 64)
+    bucket = Bucket(16, 2, False, routings, (), checks)
+    found: Any = Worker()._captured_apart(bucket, LayerTiles(tile, tile))
+    assert checked == [0, 0, 3]
+    assert order[:5] == [0, 0, 1, 2, 3]
+    assert [graph.indices for graph in found] == ([[0, 1, 2, 3]] if routings == 1 else [[0, 2], [1, 3]])
 
 
 def test_noisy_finalists_are_replayed_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +228,7 @@ def test_noisy_finalists_are_replayed_until_the_time_is_over(monkeypatch: pytest
     monkeypatch.setattr(gpu, "time_rounds", clock)
     monkeypatch.setattr(gpu, "time_interleaved", lambda graphs, replays: clock(graphs, replays))
     monkeypatch.setattr(gpu, "FINAL_LIMIT_S", 0.01)
-    assert [found.status for found in compared(graphs(20.0, 10.0))] == ["ok", "ok"]
+    assert [found.status for found in compared([graphs(20.0), graphs(10.0)])] == ["ok", "ok"]
     assert clock.rounds > gpu.FINAL_ROUNDS
 
 
