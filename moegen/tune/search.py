@@ -29,7 +29,6 @@ PARENTS = 3  # best configs whose neighbours are tried
 STARTUP = 10  # configs after which TPE has a model
 STALE = 6  # asks in a row without a new config after which TPE has nothing more to say
 HANDICAP = 0.05  # a kind so much slower than the best is tried half as often, twice so much a third as often …
-AHEAD = 5  # batches that are compiled while one is measured
 FINALISTS = 8
 EXHAUSTED = 400  # a space of at most so many configs is measured as a whole
 
@@ -39,12 +38,15 @@ class Effort:
     """How much one bucket may cost.
 
     budget  measurements, those of the finalists included
+    ahead   batches that are compiled while one is measured: more hide the compiler better, and are asked for in
+            ignorance of more that is being measured, which a small budget cannot afford
     """
 
     budget: int
+    ahead: int
 
 
-EFFORTS = {"quick": Effort(60), "standard": Effort(200), "full": Effort(1000)}
+EFFORTS = {"quick": Effort(60, 5), "standard": Effort(200, 7), "full": Effort(1000, 7)}
 
 
 class NothingRuns(RuntimeError):
@@ -86,12 +88,12 @@ def search(
     NothingRuns if no pair could be timed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    budget = EFFORTS[effort].budget
+    budget, ahead = EFFORTS[effort].budget, EFFORTS[effort].ahead
     if space.size <= EXHAUSTED:
         budget = max(budget, space.size + FINALISTS)
     run = _Run(space, measurer, budget - FINALISTS, seed)
     run.begin([pair for pair in warm if pair in space])
-    run.explore(stop)
+    run.explore(stop, ahead)
     return run.decide()
 
 
@@ -143,8 +145,8 @@ class _Run:
             if us is not None and pair.low_latency is None and (kind not in self._best or us < self._us(kind)):
                 self._best[kind] = pair
 
-    def explore(self, stop: Callable[[], bool]) -> None:
-        """Measure batch after batch until the budget is spent; the next ones compile while one is measured."""
+    def explore(self, stop: Callable[[], bool], ahead: int) -> None:
+        """Measure batch after batch until the budget is spent; `ahead` more compile while one is measured."""
         waiting: deque[tuple[Kind, str, list[TileConfig]]] = deque()
         for turn in itertools.count():
             if not any(side.left or side.sampled for sides in self._sides.values() for side in sides.values()):
@@ -158,7 +160,7 @@ class _Run:
                 self._measurer.prefetch(self._space.tokens, soon)
                 if batch:  # of a GEMM that has no more, it would take the place of one that is to be compiled
                     waiting.append((kind, op, batch))
-                if len(waiting) > AHEAD:
+                if len(waiting) > ahead:
                     self._measure_batch(*waiting.popleft())
         for batch_of in waiting:
             self._measure_batch(*batch_of)

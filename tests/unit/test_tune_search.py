@@ -7,7 +7,7 @@ import pytest
 
 from moegen.runtime.tile import LayerTiles
 from moegen.tune.replay import Replay, Sweep
-from moegen.tune.search import AHEAD, BATCH, EFFORTS, EXHAUSTED, Found, NothingRuns, openings, search
+from moegen.tune.search import BATCH, EFFORTS, EXHAUSTED, Found, NothingRuns, openings, search
 from moegen.tune.space import OPS, Kind, LayerSpace, kind_of
 from moegen.tune.trial import SOON, Measurement
 from tests.support.made_up import made_up_sweep
@@ -112,7 +112,9 @@ def test_openings_are_what_a_search_begins_with(tokens: int) -> None:
     first, then = openings(space)
     _, asked = run(tokens)
     assert asked.announcements[0] == first
-    turn = min(AHEAD, sum(len(space.ops(kind)) for kind in space.kinds))  # of it what is announced unmeasured
+    turn = min(
+        EFFORTS["standard"].ahead, sum(len(space.ops(kind)) for kind in space.kinds)
+    )  # of it what is announced unmeasured
     batches = [soon[:BATCH] for soon in asked.announcements[1 : 1 + turn]]
     assert [pair for batch in batches for pair in batch] == then[: sum(map(len, batches))]
 
@@ -129,8 +131,8 @@ def test_a_gemm_without_more_configs_takes_no_place_among_those_that_compile() -
     space = LayerSpace(256, whole.start(best), *few)
     measurer = Watched(SWEEPS[256])
     search(space, measurer, effort="quick")
-    begun, last = len(space.kinds), (AHEAD + 1) * BATCH
-    assert min(measurer.ahead[begun:-last]) >= AHEAD * BATCH
+    begun, ahead = len(space.kinds), EFFORTS["quick"].ahead
+    assert min(measurer.ahead[begun : -(ahead + 1) * BATCH]) >= ahead * BATCH
 
 
 def test_the_race_is_against_the_best_so_far() -> None:
