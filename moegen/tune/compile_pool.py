@@ -66,9 +66,6 @@ def jobs_of(folder: Path, slug: str, device: DeviceFacts, tokens: int, tiles: La
 
     A job has of `tiles` only what its kernels depend on, so that different candidates have jobs in common.
     """
-    if tiles.gemm1.family == "cooperative":  # its kernels take GROUP_SIZE_M as an argument
-        first, second = (replace(tile, GROUP_SIZE_M=1) for tile in (tiles.gemm1, tiles.gemm2))
-        tiles = replace(tiles, gemm1=first, gemm2=second)
 
     def job(op: str, first: TileConfig, second: TileConfig) -> Job:
         return Job(folder, slug, device, tokens, op, LayerTiles(first, second, low_latency=tiles.low_latency))

@@ -124,14 +124,6 @@ def test_jobs_of_other_token_counts_wait_for_each_other_alone() -> None:
     assert other.compiled < found[1].compiled
 
 
-def test_group_size_m_is_an_argument_of_cooperative_kernels() -> None:
-    tile = TileConfig(128, 256, 64, 4, num_warps=8, num_stages=4, family="cooperative")
-    other = replace(tile, GROUP_SIZE_M=16)
-    assert jobs(LayerTiles(tile, tile)) == jobs(LayerTiles(other, other))
-    deeper = replace(tile, num_stages=5)
-    assert jobs(LayerTiles(tile, tile)) != jobs(LayerTiles(deeper, deeper))
-
-
 def test_threads_share_it(fake: CompilePool) -> None:
     results: list[Any] = []
 
