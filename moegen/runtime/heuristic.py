@@ -115,8 +115,10 @@ def _portable_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, 
     )
     if gemm1.is_w8a8 and gemm1.group_k:
         block_m = min(block_m, 64)  # scaling at every step holds twice the accumulators
-    pick = _default_float32_tile if gemm1.is_float32 else _default_tile
-    tiles = [pick(gemm, block_m, slots, low_latency, device) for gemm in (gemm1, gemm2)]
+    if gemm1.is_float32:
+        tiles = [_default_float32_tile(block_m)] * 2
+    else:
+        tiles = [_default_tile(gemm, block_m, slots, low_latency, device) for gemm in (gemm1, gemm2)]
     return LayerTiles(*(_fitted(tile, gemm, device) for tile, gemm in zip(tiles, (gemm1, gemm2), strict=True)))
 
 
@@ -204,13 +206,7 @@ def _narrow_tile(gemm: Gemm, block_m: int, deep: int, lone_slots: int) -> TileCo
     return TileConfig(block_m, wide, deep, group, SWAP_AB=True, num_warps=2, num_stages=2 if short else 3)
 
 
-def _default_float32_tile(
-    gemm: Gemm,
-    block_m: int,
-    slots: int,
-    low_latency: bool,
-    device: DeviceFacts,  # noqa: ARG001
-) -> TileConfig:
+def _default_float32_tile(block_m: int) -> TileConfig:
     """Exact float32 products have no tensor cores: small tiles, since every operand goes through registers."""
     return TileConfig(min(block_m, 64), 64, 32, 8, num_warps=4, num_stages=2)
 
