@@ -2,7 +2,8 @@
 
     python tools/tune_published.py --seconds 600        # again and again, until nothing is left
 
-Every layer gets some buckets before any gets all. A bucket counts until its family's kernels change (`moegen check`).
+Every layer gets some buckets before any gets all. A bucket counts until its family's kernels change (`moegen check`), and
+if its search was not cut short.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from moegen.load import import_package
 from moegen.runtime.device import device_facts
 from moegen.tune.record import load_record
+from moegen.tune.search import EFFORTS, FINALISTS
 
 # Model, shard. All that `moegen list --quant` shows of each.
 MODELS = (
@@ -40,6 +42,7 @@ MODELS = (
 SOME, ALL = ({1 << power for power in range(0, 13, step)} for step in (2, 1))
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_S = 40  # no layer is begun with less
+LEAST_TRIED = EFFORTS["quick"].budget - FINALISTS
 
 
 def main() -> int:
@@ -69,11 +72,15 @@ def main() -> int:
 
 
 def current(path: Path) -> set[int]:
-    """Buckets of a record whose times still hold."""
+    """Buckets of a record whose times still hold and whose search was as long as the shortest effort is."""
     if not path.is_file():
         return set()
     record = load_record(path)
-    return {tokens for tokens, bucket in record.buckets.items() if bucket.why_stale(record.variant) is None}
+    return {
+        tokens
+        for tokens, bucket in record.buckets.items()
+        if (bucket.tried or 0) >= LEAST_TRIED and bucket.why_stale(record.variant) is None
+    }
 
 
 def layers(folder: Path) -> Iterator[tuple[Path, str]]:
