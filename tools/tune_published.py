@@ -2,8 +2,8 @@
 
     python tools/tune_published.py --seconds 600        # again and again, until nothing is left
 
-Every layer gets some buckets before any gets all. A bucket counts until its family's kernels change (`moegen check`), and
-if its search was not cut short.
+Every layer gets some buckets before any gets all. A bucket counts until its family's kernels change (`moegen check`),
+unless its search was cut short.
 """
 
 import argparse
