@@ -19,27 +19,38 @@ from contextlib import contextmanager
 from moegen.runtime.reference import moe_reference
 from moegen.runtime.activations import Activation
 
-current = None
+told = [None]
 seen = []
 
 
 @contextmanager
-def override_config(new):
-    global current
-    old, current = current, new
+def override_config(config):
+    """As vLLM's: what an exception leaves behind stays."""
+    told.append(config)
     yield
-    current = old
+    told.pop()
 
 
-def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, quant_config=None):
+def get_config():
+    return told[-1]
+
+
+def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, activation=None, apply_router_weight_on_input=False,
+                  global_num_experts=-1, expert_map=None, quant_config=None):
     """The reference, whatever the config, but for BLOCK_SIZE_N = 256: then something is wrong."""
-    seen.append((dict(current), quant_config))
+    seen.append((dict(get_config()), quant_config))
     out = moe_reference(hidden_states, w1, w2, topk_weights, topk_ids, Activation.of("silu"))
-    return out + (1 if current["BLOCK_SIZE_N"] == 256 else 0)
+    return out + (1 if get_config()["BLOCK_SIZE_N"] == 256 else 0)
 '''
 CONFIG = """
-def fp8_w8a8_moe_quant_config(**arguments):
-    return arguments
+from types import SimpleNamespace
+
+
+def fp8_w8a8_moe_quant_config(w1_scale, w2_scale, a1_scale=None, a2_scale=None, per_act_token_quant=False,
+                              per_out_ch_quant=False, block_shape=None):
+    assert block_shape is None or not (per_act_token_quant or per_out_ch_quant)
+    return SimpleNamespace(w1_scale=w1_scale, w2_scale=w2_scale, per_act_token_quant=per_act_token_quant,
+                           per_out_ch_quant=per_out_ch_quant, block_shape=block_shape)
 """
 LAUNCHER = """
 import triton
@@ -53,10 +64,12 @@ def fused_moe_kernel(a, b, c, BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.const
     tl.store(c + offset, tl.load(a + offset) * MUL)
 
 
-def invoke_fused_moe_triton_kernel(A, B, C, A_scale, B_scale, topk_weights, sorted_token_ids, expert_ids, num, mul,
-                                   top_k, config, *, compute_type, use_fp8_w8a8, use_int8_w8a8, use_int8_w8a16,
-                                   use_int4_w4a16, per_channel_quant, block_shape):
-    fused_moe_kernel[(1,)](A, B, C, config["BLOCK_SIZE_M"], config["BLOCK_SIZE_N"], mul, num_warps=config["num_warps"])
+def invoke_fused_moe_triton_kernel(A, B, C, A_scale, B_scale, topk_weights, sorted_token_ids, expert_ids,
+                                   num_tokens_post_padded, mul_routed_weight, top_k, config, compute_type,
+                                   use_fp8_w8a8, use_int8_w8a8, use_int8_w8a16, use_int4_w4a16, per_channel_quant,
+                                   block_shape=None, B_bias=None):
+    tile = (config["BLOCK_SIZE_M"], config["BLOCK_SIZE_N"])
+    fused_moe_kernel[(1,)](A, B, C, *tile, mul_routed_weight, num_warps=config["num_warps"])
 """
 
 

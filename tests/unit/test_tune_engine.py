@@ -27,10 +27,8 @@ from moegen.tune.record import layer_of
 from tests.support.fake_vllm import write_vllm
 from tests.support.records import H200, LAYER
 
-SMALL = VariantSpec(
-    num_experts=8, local_experts=8, top_k=2, hidden_size=64, intermediate_size=32, dtype="float32"
-)  # the reference is exact: a wrong result shows
-NAME = "E=8,N=32,device_name=NVIDIA_H200,dtype=float32.json"
+SMALL = VariantSpec(num_experts=8, local_experts=8, top_k=2, hidden_size=64, intermediate_size=32, dtype="bfloat16")
+NAME = "E=8,N=32,device_name=NVIDIA_H200.json"
 
 
 @pytest.fixture
@@ -86,10 +84,10 @@ def test_what_vllm_is_told() -> None:
     layer = build_layer("fp8_w8a8:128x128")
     kernels = engines.VllmKernels(layer)
     call = fake_call(layer)
-    monkey: list[tuple[object, ...]] = []
+    monkey: list[tuple[Any, ...]] = []
 
     def fused_experts(*arguments: Any, quant_config: Any = None) -> torch.Tensor:
-        monkey.append((dict(fused_moe().current), quant_config, arguments))
+        monkey.append((dict(fused_moe().get_config()), quant_config, arguments))
         return torch.zeros(2, 4)
 
     fused_moe().fused_experts = fused_experts
@@ -99,11 +97,10 @@ def test_what_vllm_is_told() -> None:
     assert config == {
         "BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "num_warps": 8, "num_stages": 5,
     }  # fmt: skip
-    assert isinstance(quant, dict)
-    assert (quant["block_shape"], quant["per_act_token_quant"], quant["per_out_ch_quant"]) == ([128, 128], False, False)
-    assert (quant["w1_scale"], quant["w2_scale"]) == (call.w13.scale, call.w2.scale)
+    assert (quant.block_shape, quant.per_act_token_quant, quant.per_out_ch_quant) == ([128, 128], False, False)
+    assert (quant.w1_scale, quant.w2_scale) == (call.w13.scale, call.w2.scale)
     assert [a is b for a, b in zip(arguments, fields_of(call), strict=True)] == [True] * 5
-    assert fused_moe().current is None
+    assert fused_moe().get_config() is None
 
 
 @pytest.mark.usefixtures("installed")
@@ -115,7 +112,7 @@ def test_granularities(quant: str, by_token: bool, by_channel: bool) -> None:
     layer = build_layer(quant)
     engines.VllmKernels(layer)(fake_call(layer), TileConfig(16, 64, 128))
     _, told = fused_moe().seen[-1]
-    assert (told["per_act_token_quant"], told["per_out_ch_quant"], told["block_shape"]) == (by_token, by_channel, None)
+    assert (told.per_act_token_quant, told.per_out_ch_quant, told.block_shape) == (by_token, by_channel, None)
 
 
 class FakeWeight:
@@ -143,7 +140,7 @@ def fields_of(call: FakeCall) -> list[torch.Tensor]:
 
 
 def build_layer(quant: str) -> Any:
-    return layer_of(replace(SMALL, dtype="bfloat16", quant=quant, hidden_size=256, intermediate_size=128))
+    return layer_of(replace(SMALL, quant=quant, hidden_size=256, intermediate_size=128))
 
 
 COMPILE = """
@@ -244,7 +241,7 @@ def test_vllm_is_missing(package: Path, capsys: pytest.CaptureFixture[str], monk
 )
 def test_layers_that_are_not_tuned(changes: dict[str, Any]) -> None:
     with pytest.raises(FileError, match="allowed: none or fp8_w8a8, silu, without bias"):
-        engines.check_variant(replace(SMALL, dtype="bfloat16", **changes))
+        engines.check_variant(replace(SMALL, **changes))
 
 
 def test_sweeps_are_not_of_its_kernel(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
