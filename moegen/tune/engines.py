@@ -6,6 +6,7 @@ vLLM has one tile config for both GEMMs, so the search varies gemm1's, and gemm2
 
 import importlib.metadata
 import itertools
+import os
 from contextlib import AbstractContextManager
 from functools import partial
 from types import ModuleType
@@ -40,13 +41,18 @@ AXES: dict[str, tuple[int, ...]] = {
     "num_stages": (2, 3, 4, 5),
 }
 MODES = ("none", "fp8_w8a8")
+DTYPES = ("bfloat16", "float16")  # its kernel multiplies float32 as TF32, which the check does not accept
+# Whether vLLM rounds the scales of activations up to powers of two, which it does by default where DeepGEMM runs, also
+# for its Triton kernel. The oracle has the layer's own scheme: rounded otherwise, no result is within the tolerance.
+ROUNDED_SCALES = ("VLLM_USE_DEEP_GEMM", "VLLM_USE_DEEP_GEMM_E8M0")
 
 
 def check_variant(variant: VariantSpec) -> None:
     """FileError for a layer that is not tuned with vLLM's kernel here."""
-    if variant.scheme.mode not in MODES or variant.activation.slug != "silu" or variant.bias:
-        form = f"{variant.quant}, {variant.activation.slug}{', bias' if variant.bias else ''}"
-        allowed = f"{' or '.join(MODES)}, silu, without bias"
+    known = variant.scheme.mode in MODES and variant.dtype in DTYPES
+    if not known or variant.activation.slug != "silu" or variant.bias:
+        form = f"{variant.quant}, {variant.dtype}, {variant.activation.slug}{', bias' if variant.bias else ''}"
+        allowed = f"{' or '.join(MODES)}, {' or '.join(DTYPES)}, silu, without bias"
         raise FileError(f"--engine vllm: {variant.slug}: {form} is not allowed; allowed: {allowed}")
 
 
@@ -63,7 +69,8 @@ def vllm_space(variant: VariantSpec, tokens: int, device: DeviceFacts) -> LayerS
     default = vllm.default_tile(variant, tokens)
     layer = layer_of(variant)
     gemms = [layer.gemm("gemm1"), layer.gemm("gemm2")]
-    plain = [Gemm(g.op, g.num_experts, g.top_k, g.rows, g.depth, False, g.a_bits, g.w_bits, g.group_k) for g in gemms]
+    step = min(variant.scheme.block_shape or (0,))  # vLLM cuts BLOCK_SIZE_K down to it
+    plain = [Gemm(g.op, g.num_experts, g.top_k, g.rows, g.depth, False, g.a_bits, g.w_bits, step) for g in gemms]
 
     def legal(tile: TileConfig) -> bool:
         return not any(why_illegal(tile, gemm, device) for gemm in plain)
@@ -96,9 +103,10 @@ def _distance(tile: TileConfig, other: TileConfig) -> int:
 
 
 class VllmKernels:
-    """vLLM's functions, as one layer needs them."""
+    """vLLM's functions, as one layer needs them; a process is for one layer, since vLLM reads its settings once."""
 
     def __init__(self, layer: Any) -> None:  # noqa: ANN401 - a package's own Layer
+        os.environ.update(dict.fromkeys(ROUNDED_SCALES, str(int(layer.scheme.ue8m0))))
         from vllm.model_executor.layers import fused_moe
 
         self._module: ModuleType = fused_moe

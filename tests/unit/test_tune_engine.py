@@ -39,6 +39,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.invalidate_caches()
     for name in [name for name in sys.modules if name == "vllm" or name.startswith("vllm.")]:
         monkeypatch.delitem(sys.modules, name)
+    for name in engines.ROUNDED_SCALES:
+        monkeypatch.setenv(name, "left to vLLM")
 
 
 @pytest.fixture
@@ -113,6 +115,16 @@ def test_granularities(quant: str, by_token: bool, by_channel: bool) -> None:
     engines.VllmKernels(layer)(fake_call(layer), TileConfig(16, 64, 128))
     _, told = fused_moe().seen[-1]
     assert (told.per_act_token_quant, told.per_out_ch_quant, told.block_shape) == (by_token, by_channel, None)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("quant", "rounded"), [("none", "0"), ("fp8_w8a8:128x128", "0"), ("fp8_w8a8:128x128ue8m0", "1")]
+)
+def test_scales_of_activations(quant: str, rounded: str) -> None:
+    """vLLM rounds them up to powers of two where DeepGEMM runs, unless told; the check has those of the layer."""
+    engines.VllmKernels(build_layer(quant))
+    assert [os.environ[name] for name in ("VLLM_USE_DEEP_GEMM", "VLLM_USE_DEEP_GEMM_E8M0")] == [rounded, rounded]
 
 
 class FakeWeight:
@@ -204,6 +216,14 @@ def test_space(quant: str, tokens: int) -> None:
     assert 300 < space.size < 1920
 
 
+def test_steps_that_vllm_cuts_are_not_tried() -> None:
+    """It takes the smaller side of a block for BLOCK_SIZE_K: what is above that is the same kernel."""
+    space = engines.vllm_space(replace(LAYER, quant="fp8_w8a8:64x128"), 16, H200)
+    assert {
+        tile.BLOCK_SIZE_K for found in space.gemm1.values() for tile in found.tiles if tile != space.default.gemm1
+    } == {64}
+
+
 @pytest.mark.parametrize(
     ("quant", "tokens", "expected"),
     # vLLM 0.33.0, get_default_config
@@ -236,11 +256,11 @@ def test_vllm_is_missing(package: Path, capsys: pytest.CaptureFixture[str], monk
 
 @pytest.mark.parametrize(
     "changes",
-    [{"quant": "int4_w4a16:g128", "intermediate_size": 128, "hidden_size": 128}, {"bias": True}],
-    ids=["int4", "bias"],
+    [{"quant": "int4_w4a16:g128", "intermediate_size": 128, "hidden_size": 128}, {"bias": True}, {"dtype": "float32"}],
+    ids=["int4", "bias", "float32"],
 )
 def test_layers_that_are_not_tuned(changes: dict[str, Any]) -> None:
-    with pytest.raises(FileError, match="allowed: none or fp8_w8a8, silu, without bias"):
+    with pytest.raises(FileError, match="allowed: none or fp8_w8a8, bfloat16 or float16, silu, without bias"):
         engines.check_variant(replace(SMALL, **changes))
 
 
