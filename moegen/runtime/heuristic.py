@@ -177,9 +177,9 @@ def _decoded_tile(gemm: Gemm, block_m: int, slots: int, low_latency: bool, devic
 
     Four would get wgmma, for which decoded weights pass through shared memory.
     """
-    most = 14 if low_latency else 44 if gemm.rows < 2048 else 0
+    most = 14 if low_latency else 44 if gemm.rows < 2048 <= gemm.depth else 0
     few = block_m == 8 and slots * gemm.rows <= 32 * most * device.num_sms
-    if few or (block_m == 8 and gemm.zero_points):
+    if few or (block_m == 8 and gemm.zero_points and gemm.depth >= 512):
         wide, deep = 32, 256
     else:
         wide, deep = 64, 128 if block_m == 16 or (low_latency and gemm.w_bits == 8) else 256

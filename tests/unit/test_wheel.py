@@ -102,14 +102,16 @@ def test_build_without_the_checkout(installed: Path, tmp_path: Path) -> None:
         assert Path(line).is_relative_to(installed), line
 
 
-def test_same_package_as_from_the_checkout(installed: Path, tmp_path: Path) -> None:
-    from moegen.emit import package_files
+def test_same_package_as_from_the_checkout(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moegen import emit
     from moegen.models import model_spec
     from moegen.plan import make_plan
+    from moegen.render import data_folder
 
     run_module(installed, "moegen", "build", "--model", "olmoe-1b-7b", "-o", str(tmp_path))
     package = tmp_path / "moe_olmoe_1b_7b"
     emitted = {path.relative_to(package).as_posix(): path.read_bytes() for path in package.rglob("*") if path.is_file()}
-    here = package_files(make_plan(model_spec("olmoe-1b-7b")))
+    monkeypatch.setattr(emit, "data_folder", data_folder)  # published records as well
+    here = emit.package_files(make_plan(model_spec("olmoe-1b-7b")))
     assert emitted.keys() == here.keys()
     assert emitted == here
