@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 
-from moegen.aot import _compile_target
+from moegen.aot import _compile_target, compile_call, meta_call
 from moegen.device import target_facts
 from moegen.emit import emit
 from moegen.load import import_package
@@ -23,7 +23,6 @@ from moegen.runtime.cooperative_sizes import cooperative_memory, joins
 from moegen.runtime.tile import LayerTiles, TileConfig, shared_memory
 from moegen.spec import Parallel
 from tests.support.packages import any_activation, portable_tiles, spec_of
-from tests.support.record_files import write_record
 from tests.support.weights import SMALL_SCHEMES
 
 # Of 16 experts and top_k 2: 2 tokens are low-latency, 3 are aligned, 1024 reach the largest BLOCK_SIZE_M. On cuda:90
@@ -50,7 +49,7 @@ SCHEMES = tuple(q for q in SMALL_SCHEMES if q not in ("int4_w4a16:g64", "fp8_w8a
 # One scheme a kind of product, with every tile of the heuristic: on cuda:90 they must become wgmma.
 TILED = ("fp8_w8a8:channel", "fp8_w8a8:128x128", "int8_w8a8:channel", "int4_w4a16:g128z", "mxfp4_w4a16")
 
-# The family "cooperative" by records, which choose every form of its kernels: a tile pair each.
+# The family "cooperative": every form of its kernels, a tile pair each.
 _BROAD = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, family="cooperative")
 _SLIM = replace(_BROAD, BLOCK_SIZE_N=128, num_stages=6)
 _LOW = replace(_BROAD, BLOCK_SIZE_M=64)
@@ -88,8 +87,7 @@ COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
     "cooperative, 16 bits, 64 narrow rows": ({}, LayerTiles(_deep(_SLIM_LOW), _deep(_SLIM_LOW))),
 }
 COOPERATIVE_KERNELS = ("gemm1_cooperative", "gemm2_cooperative", "layer_cooperative")
-RECORD_TOKENS = 300  # the only bucket of those records
-LEAST_RECORD_TOKENS = 213  # within half an octave of it; fewer take the heuristic
+COOPERATIVE_TOKENS = 300
 
 
 def cases(target: str) -> dict[str, tuple[dict[str, Any], int]]:
@@ -102,31 +100,22 @@ def cases(target: str) -> dict[str, tuple[dict[str, Any], int]]:
     return PLAIN_CASES | quantised
 
 
-def by_record(folder: Path, target: str) -> list[dict[str, Any]]:
-    """Compile the cases of "cooperative" for `target` by a record in each package; only their own kernels are returned.
-
-    With the shared memory that is expected: `figure`.
-    """
+def cooperative(folder: Path, target: str) -> list[dict[str, Any]]:
+    """Compile the cases of "cooperative" for `target`, with the shared memory that is expected: `figure`."""
     records = []
-    for number, (case, (fields, tiles)) in enumerate(COOPERATIVE_CASES.items()):
-        # A package each: one that is imported has read its records. Short reductions would be unrolled.
-        sizes = {**SIZES, "hidden_size": 1024, "intermediate_size": 640, "name": f"record-{number}"}
-        package = emit(make_plan(spec_of(**{**sizes, **fields})), folder)
-        imported = import_package(package)
-        write_record(imported, package / "configs", target_facts(target), {RECORD_TOKENS: tiles})
-        compiled = _compile_target((str(package), target, RECORD_TOKENS))
-        own = [
-            item
-            for item in compiled
-            if (item.kernel in COOPERATIVE_KERNELS and item.tokens >= LEAST_RECORD_TOKENS) or item.error is not None
-        ]
-        gemms = [imported.LAYERS[0].gemm(op) for op in ("gemm1", "gemm2")]
+    for case, (fields, tiles) in COOPERATIVE_CASES.items():
+        sizes = {**SIZES, "hidden_size": 1024, "intermediate_size": 640}  # short reductions would be unrolled
+        package = import_package(emit(make_plan(spec_of(**{**sizes, **fields})), folder))._dispatch._PACKAGE
+        (layer,) = package.layers
+        call = meta_call(package, layer, COOPERATIVE_TOKENS, target_facts(target))
+        compiled = compile_call(package, layer, call, tiles, target, COOPERATIVE_KERNELS.__contains__)
+        gemms = [layer.gemm(op) for op in ("gemm1", "gemm2")]
         figures = [shared_memory(getattr(tiles, gemm.op), gemm) for gemm in gemms]
         if joins(tiles, gemms[0]):
             figures = [cooperative_memory(tiles.gemm1, *gemms)]
         records += [
             {"case": case, "triton": triton.__version__, "figure": figure, **asdict(item)}
-            for item, figure in zip_longest(own, figures)
+            for item, figure in zip_longest(compiled, figures)
             if item
         ]
     return records
@@ -141,7 +130,7 @@ def main(folder: str, target: str) -> None:
             compiled = _compile_target((str(package), target, tokens))
         records += [{"case": case, "triton": triton.__version__, **asdict(item)} for item in compiled]
     if target == "cuda:90":
-        records += by_record(Path(folder), target)
+        records += cooperative(Path(folder), target)
     sys.stdout.write(json.dumps(records))
 
 

@@ -86,7 +86,7 @@ def complaints(record: Record) -> list[str]:
     if record["kernel"] in COOPERATIVE_KERNELS:
         if not str(record["tensor_cores"]).startswith("wgmma"):
             found.append(f"{record['tensor_cores']} in place of wgmma")
-        expected = record.get("figure", record["shared_memory"])  # of cases by record
+        expected = record.get("figure", record["shared_memory"])  # of the family "cooperative"
         if record["shared_memory"] != expected:
             found.append(f"{record['shared_memory']} bytes of shared memory, {expected} are expected")
     if record["kernel"] in GEMMS and dtype != "fp32":
