@@ -1,17 +1,20 @@
 """Tune what `tuned_configs/` is to hold for this GPU: every released mode of twelve models that has no record yet.
 
-    python tools/tune_published.py --seconds 600        # again and again, until nothing is left
+    python tools/tune_published.py --seconds 600        # again and again, until nothing is left; uses all GPUs
 
-Every layer gets some buckets before any gets all. A bucket counts until its family's kernels change (`moegen check`),
-unless its search was cut short.
+Every layer gets some buckets before any gets all; each GPU works on a layer of its own. A bucket counts until its
+family's kernels change (`moegen check`), unless its search was cut short.
 """
 
 import argparse
-import itertools
+import os
+import queue
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,19 +57,32 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "tuned_configs")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
-    gpu, left = device_facts(torch.cuda.current_device()).slug, 0
-    for wanted, (package, slug) in itertools.product((SOME, ALL), list(layers(args.packages))):
-        missing = wanted - current(args.out / gpu / f"{slug}.json")
-        if not missing:
-            continue
+    count = torch.cuda.device_count()
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for gpu in range(count):
+        free.put(gpu)
+    jobs = max(1, len(os.sched_getaffinity(0)) // count - 1)
+    records = args.out / device_facts(torch.cuda.current_device()).slug
+
+    def tune(layer: tuple[Path, str], wanted: set[int]) -> bool:
+        """Whether something is left of this layer."""
+        package, slug = layer
+        missing = wanted - current(records / f"{slug}.json")
         rest = deadline - time.monotonic()
-        if rest < LEAST_S:
-            left += 1
-            continue
-        limit = ["--time-limit", f"{rest - 10:.0f}", "--effort", args.effort]
+        if not missing or rest < LEAST_S:
+            return bool(missing)
+        gpu = free.get()
+        limit = ["--time-limit", f"{rest - 10:.0f}", "--effort", args.effort, "--gpus", f"{gpu}", "--jobs", f"{jobs}"]
         buckets = ",".join(map(str, sorted(missing)))
         command = ["tune", str(package), "--layer", slug, "--buckets", buckets, "--out", str(args.out), *limit]
-        left += subprocess.run([sys.executable, "-m", "moegen", *command], check=False).returncode != 0  # noqa: S603
+        done = subprocess.run([sys.executable, "-m", "moegen", *command], check=False)  # noqa: S603
+        free.put(gpu)
+        return done.returncode != 0
+
+    left, found = 0, list(layers(args.packages))
+    for wanted in (SOME, ALL):
+        with ThreadPoolExecutor(count) as pool:
+            left += sum(pool.map(partial(tune, wanted=wanted), found))
     print(f"{left} runs are left")
     return int(left > 0)
 
