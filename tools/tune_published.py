@@ -57,12 +57,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "tuned_configs")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
+    records = args.out / device_facts(torch.cuda.current_device()).slug
     count = torch.cuda.device_count()
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     for gpu in range(count):
         free.put(gpu)
     jobs = max(1, len(os.sched_getaffinity(0)) // count - 1)
-    records = args.out / device_facts(torch.cuda.current_device()).slug
 
     def tune(layer: tuple[Path, str], wanted: set[int]) -> bool:
         """Whether something is left of this layer."""
