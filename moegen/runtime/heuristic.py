@@ -142,7 +142,7 @@ def _block_m(mean: float, least: int, decoded: bool) -> int:
 
 def _default_tile(gemm: Gemm, block_m: int, slots: int, low_latency: bool, device: DeviceFacts) -> TileConfig:
     lone_slots = slots if low_latency else 0
-    # A scale for every 16 values: four warps were 1.06 to 1.17 times as fast as eight in eight records (nvfp4).
+    # A scale for every 16 values (nvfp4): four warps were 1.06 to 1.17 times as fast as eight in seven records.
     small_groups = gemm.is_decoded and gemm.group_k == 16 and device.has_wgmma
     big = device.shared_memory >= 160 * 1024
     deep = 128 // min(gemm.a_bits, 16) * 8  # 128 bytes of activations
@@ -152,10 +152,9 @@ def _default_tile(gemm: Gemm, block_m: int, slots: int, low_latency: bool, devic
         wide = 256 if big and gemm.w_bits >= gemm.a_bits else 128
         stages = 4 if device.has_wgmma and gemm.w_bits == 16 else 3
         return TileConfig(128, wide, deep, 16, num_warps=4 if small_groups else 8, num_stages=stages)
-    if block_m == 64 and small_groups and gemm.depth >= 2048:
-        deep = 128
     if block_m == 64:
-        return TileConfig(64, 128, deep, 8, num_warps=4, num_stages=3)
+        steps = 128 if small_groups and gemm.depth >= 2048 else deep
+        return TileConfig(64, 128, steps, 8, num_warps=4, num_stages=3)
     if not device.has_wgmma:
         depth = deep if gemm.is_w8a8 else 128 if big else 64
         return TileConfig(block_m, 128, depth, 1, num_warps=4, num_stages=4 if big else 3)
@@ -175,7 +174,8 @@ def _default_tile(gemm: Gemm, block_m: int, slots: int, low_latency: bool, devic
 def _decoded_tile(gemm: Gemm, block_m: int, slots: int, low_latency: bool, device: DeviceFacts) -> TileConfig:
     """Few tokens, weights decoded in registers: two warps share the rows, and each decodes only what it multiplies.
 
-    Four would get wgmma, for which decoded weights pass through shared memory.
+    Four would get wgmma, for which decoded weights pass through shared memory. Tiles of 32 rows where even those are few
+    programs a multiprocessor: 14 at most, or 44 with the aligned assignment where rows are few and long.
     """
     most = 14 if low_latency else 44 if gemm.rows < 2048 <= gemm.depth else 0
     few = block_m == 8 and slots * gemm.rows <= 32 * most * device.num_sms
