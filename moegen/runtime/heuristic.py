@@ -174,7 +174,7 @@ def _default_tile(gemm: Gemm, block_m: int, slots: int, low_latency: bool, devic
 def _decoded_tile(gemm: Gemm, block_m: int, slots: int, low_latency: bool, device: DeviceFacts) -> TileConfig:
     """Few tokens, weights decoded in registers: two warps share the rows, and each decodes only what it multiplies.
 
-    Four would get wgmma, for which decoded weights pass through shared memory. Tiles of 32 rows where even those are few
+    Four would get wgmma, for which decoded weights pass through shared memory. Tiles of 32 rows where those are few
     programs a multiprocessor: 14 at most, or 44 with the aligned assignment where rows are few and long.
     """
     most = 14 if low_latency else 44 if gemm.rows < 2048 <= gemm.depth else 0
