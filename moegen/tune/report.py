@@ -7,6 +7,7 @@ from moegen.tune.progress import table
 from moegen.tune.search import EFFORTS
 from moegen.tune.session import Outcome, Session, Task
 from moegen.tune.sources import Source
+from moegen.tune.trial import plain_tiles
 
 
 def plan_lines(tasks: Sequence[Task], source: Source, session: Session, storage: str) -> list[str]:
@@ -67,6 +68,7 @@ def _plain(slug: str, outcome: Outcome) -> dict[str, Any]:
             "spread": round(found.spread, 5),
             "tried": found.tried,
             "failures": dict(found.failures),
+            "wrong": [{"tiles": plain_tiles(tiles), "message": message} for tiles, message in outcome.wrong],
         }
     return {**plain, "complete": outcome.complete, "reason": outcome.reason}
 
@@ -107,6 +109,9 @@ def summary(found: dict[str, Any]) -> str:
         for bucket in (bucket for bucket in found["buckets"] if bucket["layer"] == layer):
             rows.append(_row(bucket))
         lines += [f"{layer} on {found['gpu']}", table(rows), ""]
+    for bucket in found["buckets"]:
+        for one in bucket.get("wrong", ()):
+            lines.append(f"{bucket['layer']} T={bucket['tokens']} wrong, not used: {one['message']}: {one['tiles']}")
     waited, rate = f"{found['waiting_for_compiler']:.1%}", f"{found['per_minute']:.0f} a minute"
     lines.append(f"{found['wall_s']:.0f} s, {found['measured']} measurements, {rate}; waited {waited} for the compiler")
     late = f", {found['compiled_late']} kernels compiled meanwhile" if found["compiled_late"] else ""

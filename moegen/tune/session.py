@@ -54,13 +54,18 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one bucket: found, or the reason why there is nothing. complete: its search was not cut short."""
+    """What became of one bucket: found, or the reason why there is nothing.
+
+    complete: its search was not cut short. wrong: configs that compute something else than the reference, and by how
+    much: no user of theirs would be told, so whoever tunes is.
+    """
 
     layer: str
     tokens: int
     found: Found | None = None
     reason: str = ""
     complete: bool = True
+    wrong: tuple[tuple[LayerTiles, str], ...] = ()
 
 
 class Session:
@@ -202,7 +207,9 @@ class Session:
             kernels=task.kernels,
         )
         self._keeper.keep(task.variant, tokens, bucket)
-        self.outcomes[task.key, tokens] = Outcome(task.key, tokens, found, complete=complete)
+        known = self._journal.measurements(task.key, tokens)
+        wrong = tuple((tiles, one.message) for tiles, one in known if one.status == "wrong")
+        self.outcomes[task.key, tokens] = Outcome(task.key, tokens, found, complete=complete, wrong=wrong)
         if complete:
             self._progress.finished()
 

@@ -503,6 +503,23 @@ def test_a_failed_bucket_does_not_stop_the_others(tune: Any, package: Path, monk
     assert list(load_record(package / "configs" / NAME).buckets) == [1, 64]
 
 
+def test_wrong_results_are_named(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that computes something else is a fault of the compiler or of a kernel, which a count does not find."""
+    true = Replay.true
+
+    def failing(replay: Replay, tokens: int, tiles: LayerTiles) -> Measurement:
+        bad = tokens == 16 and tiles.gemm1.num_stages == 5
+        return Measurement("wrong", message="relative error 1") if bad else true(replay, tokens, tiles)
+
+    monkeypatch.setattr(Replay, "true", failing)
+    found = document(tune("--json"))
+    counts = {bucket["tokens"]: len(bucket["wrong"]) for bucket in found["buckets"]}
+    assert counts == {1: 0, 16: found["buckets"][1]["failures"]["wrong"], 64: 0}
+    assert {one["tiles"][0]["num_stages"] for one in found["buckets"][1]["wrong"]} == {5}
+    text = tune()[1]  # what the journal knows
+    assert text.count("T=16 wrong, not used: relative error 1: [{'BLOCK_SIZE_M'") == counts[16] > 0
+
+
 def test_a_broken_record_is_found_before_the_work(tune: Any, package: Path) -> None:
     path = package / "configs" / NAME
     path.parent.mkdir(parents=True)
