@@ -97,17 +97,21 @@ def search(
     return run.decide()
 
 
-def openings(space: LayerSpace) -> tuple[list[LayerTiles], list[LayerTiles]]:
-    """Pairs that a search of `space` begins with, and those that it goes on with where the heuristic's are the best."""
-    first = [space.default, *map(space.start, space.kinds), *space.others]
+def beginnings(space: LayerSpace) -> list[LayerTiles]:
+    """Pairs that a search of `space` begins with, but for warm ones."""
+    return [space.default, *map(space.start, space.kinds), *space.others]
+
+
+def openings(space: LayerSpace) -> list[LayerTiles]:
+    """Pairs that a search of `space` goes on with where the heuristic's are the best of its beginnings."""
     then = []
-    for kind in dict.fromkeys(map(kind_of, first[: 1 + len(space.kinds)])):  # in the order in which they are measured
+    for kind in dict.fromkeys([kind_of(space.default), *space.kinds]):  # in the order in which they are measured
         start = space.start(kind)
         for op in space.ops(kind):
             own: Space = getattr(space, op)[kind]
             near = dict.fromkeys([own.start, *own.neighbours(own.start), *own.tiles])
             then += [varied(start, op, tile) for tile in itertools.islice(near, 1, 1 + BATCH)]
-    return first, then
+    return then
 
 
 class _Run:
@@ -126,7 +130,7 @@ class _Run:
 
     def begin(self, warm: Sequence[LayerTiles]) -> None:
         """Find a pair to start from of each kind: the heuristic's or a warm one, whichever is faster."""
-        default, *others = openings(self._space)[0]
+        default, *others = beginnings(self._space)
         self._start([default, *warm, *others])
         for kind in self._space.kinds:
             if kind not in self._best:  # what is next to the heuristic's may run where that does not

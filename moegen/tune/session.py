@@ -25,7 +25,7 @@ from moegen.tune.journal import Journal
 from moegen.tune.keep import Keeper
 from moegen.tune.progress import Progress, State
 from moegen.tune.record import Record, TunedBucket
-from moegen.tune.search import EFFORTS, Found, NothingRuns, openings, search
+from moegen.tune.search import EFFORTS, Found, NothingRuns, beginnings, openings, search
 from moegen.tune.sources import Source
 from moegen.tune.space import LayerSpace, kind_of
 from moegen.tune.trial import NEXT, PERHAPS, Measurement, Measurer, plain_tiles, tiles_of
@@ -56,8 +56,8 @@ class Task:
 class Outcome:
     """What became of one bucket: found, or the reason why there is nothing.
 
-    complete: its search was not cut short. wrong: configs that compute something else than the reference, and by how
-    much: no user of theirs would be told, so whoever tunes is.
+    complete: its search was not cut short. wrong: configs that compute something else than the reference, and how far
+    from it.
     """
 
     layer: str
@@ -185,11 +185,10 @@ class Session:
         self._announced.add(task.key)
         left = [other for other in task.buckets if (task.key, other) not in self.outcomes]
         left.sort(key=lambda other: (other < tokens, other))
-        found = [(other, *openings(self._source.space(task.variant, other))) for other in left]
-        for other, first, _ in found:
-            measurer.prefetch(other, first, NEXT)
-        for other, _, then in found:
-            measurer.prefetch(other, then, PERHAPS)
+        spaces = {other: self._source.space(task.variant, other) for other in left}
+        for rank, pairs_of in ((NEXT, beginnings), (PERHAPS, openings)):
+            for other, space in spaces.items():
+                measurer.prefetch(other, pairs_of(space), rank)
 
     def _keep(self, task: Task, tokens: int, found: Found, *, complete: bool) -> None:
         bucket = TunedBucket(

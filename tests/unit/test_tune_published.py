@@ -12,7 +12,7 @@ import torch
 from moegen.device import TARGETS
 from tests.support.tools import load_tool
 
-LAYERS = [(Path("a"), "one"), (Path("a"), "two"), (Path("b"), "three")]
+LAYERS = [(Path("a"), "one"), (Path("a"), "two"), (Path("b"), "three"), (Path("c"), "four")]
 
 
 def test_each_gpu_has_a_layer_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,8 +34,7 @@ def test_each_gpu_has_a_layer_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
             known[slug] = known.get(slug, set()) | {int(t) for t in commands[-1][1].split(",")}
         return subprocess.CompletedProcess(command, 0)
 
-    known["four"] = set()
-    monkeypatch.setattr(tool, "layers", lambda _: iter([*LAYERS, (Path("c"), "four")]))
+    monkeypatch.setattr(tool, "layers", lambda _: iter(LAYERS))
     monkeypatch.setattr(tool, "current", lambda path: set(known.get(path.stem, set())))
     monkeypatch.setattr(tool, "device_facts", lambda _: TARGETS["cuda:90"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -7,7 +7,7 @@ import pytest
 
 from moegen.runtime.tile import LayerTiles
 from moegen.tune.replay import Replay, Sweep
-from moegen.tune.search import BATCH, EFFORTS, EXHAUSTED, Found, NothingRuns, openings, search
+from moegen.tune.search import BATCH, EFFORTS, EXHAUSTED, Found, NothingRuns, beginnings, openings, search
 from moegen.tune.space import OPS, Kind, LayerSpace, kind_of
 from moegen.tune.trial import SOON, Measurement
 from tests.support.made_up import made_up_sweep
@@ -109,12 +109,11 @@ def test_the_other_assignment_is_measured_and_may_win() -> None:
 @pytest.mark.parametrize("tokens", sorted(SWEEPS))
 def test_openings_are_what_a_search_begins_with(tokens: int) -> None:
     space = SWEEPS[tokens].space
-    first, then = openings(space)
+    then = openings(space)
     _, asked = run(tokens)
-    assert asked.announcements[0] == first
-    turn = min(
-        EFFORTS["standard"].ahead, sum(len(space.ops(kind)) for kind in space.kinds)
-    )  # of it what is announced unmeasured
+    assert asked.announcements[0] == beginnings(space)
+    # Of the first turn, what is announced before any of it is measured.
+    turn = min(EFFORTS["standard"].ahead, sum(len(space.ops(kind)) for kind in space.kinds))
     batches = [soon[:BATCH] for soon in asked.announcements[1 : 1 + turn]]
     assert [pair for batch in batches for pair in batch] == then[: sum(map(len, batches))]
 
