@@ -2,11 +2,12 @@
 
 A block of 12 warps: consumer 0 (the default partition), consumer 1, a producer. Programs are persistent, one a
 multiprocessor. A tile is 128 sorted slots by BLOCK_SIZE_N weight rows, a step takes 128 bytes of each row, and consumer
-c has slots 64 c … 64 c + 63 of it; of a tile of 64 slots it has half of the columns. The producer fills a ring, tile
-after tile without a pause: weights by TMA, tokens by cp.async in gemm1, which gathers them, and by TMA in gemm2. It
-draws the tiles, the first one as well, from a counter that all programs share, one ahead, and posts them to the
-consumers. Expert and slots of a tile are loaded before the one before is finished, since a chain of loads would take as
-long as some steps.
+c has slots 64 c … 64 c + 63 of it. Tiles of fewer slots are the consumers' in turn: one finishes its tile while the
+other multiplies. Of less than 64 slots products are weights · tokensᵀ, since what the tensor cores do in vain takes
+power from the clock. The producer fills a ring, tile after tile without a pause: weights by TMA, tokens by cp.async in
+gemm1, which gathers them, and by TMA in gemm2. It draws the tiles, the first one as well, from a counter that all
+programs share, one ahead, and posts each with its first step, counted from the first tile's. Expert and slots of a tile
+are loaded before the one before is finished, since a chain of loads would take as long as some steps.
 
 One launch may run both GEMMs: the tiles of gemm2 follow those of gemm1, and a block of rows is read once gemm1's
 consumers have finished all its tiles. Whoever draws a tile runs already, and tiles are drawn in order, so the tile that
@@ -14,10 +15,11 @@ everybody waits for is always at work, however few programs the GPU has room for
 
 S is a CooperativeSizes (S2 gemm2's where both run); routing is (topk_weights [num_slots], sorted_token_ids, expert_ids,
 num_tokens_post_padded, num_slots, first_rows: the row of `hidden` in which each block of sorted slots begins, since it
-has no rows for padding), ring (tiles of a, blocks of w, the barriers that say they are empty and loaded),
-posts (numbers of tiles, the barriers that say they are there), flow (the next tile, how many this block had, stage and
-phase of the ring), results (out, out_scale, bias, and for consumers that share groups the maxima that they exchange and
-a barrier). Gluon, hence imported only where the family runs (cooperative.py).
+has no rows for padding), ring (tiles of a, blocks of w, block scales of a if S.rings_scales, the barriers that say they
+are empty and loaded), posts (tiles and their first steps, the barriers that say they are there), turns (for each
+consumer the barrier that says that the other one is through with the stages of a tile), flow (the next tile, its place
+among those of this block, its first step), results (out, out_scale, bias). Gluon, hence imported only where the family
+runs (cooperative.py).
 """
 
 from triton.experimental import gluon
@@ -25,7 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .cooperative_finish import EACH, finish
+from .cooperative_finish import finish, router_weights
 from .cooperative_products import FIRST_TURN, multiply, multiply_groups, skip
 from .kernel_parts import tile_order
 from .stream_parts import asm, block_barrier, load_acquire, next_stage, wait_for_previous
@@ -39,13 +41,13 @@ _PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(56)
 @gluon.jit
 def _load_weights(w, expert, pid_n, k, bar, w_bufs, stage, S: gl.constexpr):
     """The blocks of a step: gate and up rows in turn or together, or neighbours."""
-    HALVES: gl.constexpr = S.halves
-    for half in gl.static_range(HALVES):
+    BLOCKS: gl.constexpr = S.products
+    for half in gl.static_range(BLOCKS):
         if S.gated and not S.splits:
             start = [expert, half, pid_n * S.width, k]
         else:
             start = [expert, 0, pid_n * (S.block_n // S.sides) + half * S.width, k]
-        tma.async_copy_global_to_shared(w, start, bar, w_bufs.index(stage * S.halves + half))
+        tma.async_copy_global_to_shared(w, start, bar, w_bufs.index(stage * BLOCKS + half))
 
 
 @gluon.jit
@@ -57,23 +59,27 @@ def _announce(ready, behind, live, S: gl.constexpr):
 
 
 @gluon.jit
-def _draw(ticket, posts, count, S: gl.constexpr):
+def _draw(ticket, posts, count, step, S: gl.constexpr):
     """The tile behind those that all programs have drawn so far, posted as number `count` of this block's."""
     numbers, posted = posts
     tile = gl.atomic_add(ticket, 1, sem="relaxed")
     here = count % S.posts
-    numbers.index(here).store(gl.full((1,), tile, gl.int32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    numbers.index(2 * here).store(gl.full((1,), tile, gl.int32, layout=LAYOUT))
+    numbers.index(2 * here + 1).store(gl.full((1,), step, gl.int32, layout=LAYOUT))
     mbarrier.arrive(posted.index(here), count=1)
     return tile
 
 
 @gluon.jit
 def _posted(posts, count, S: gl.constexpr):
-    """What `_draw` returned to the producer."""
+    """What the producer posted: a tile and its first step."""
     numbers, posted = posts
     here = count % S.posts
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     mbarrier.wait(posted.index(here), count // S.posts % 2)
-    return gl.max(numbers.index(here).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)
+    tile = gl.max(numbers.index(2 * here).load(LAYOUT), axis=0)
+    return tile, gl.max(numbers.index(2 * here + 1).load(LAYOUT), axis=0)
 
 
 @gluon.jit
@@ -112,17 +118,20 @@ def _release_rows(done, pid_m):
 
 
 @gluon.jit
-def _produce_gemm(a, w, base, routing, counters, posts, ring, flow, AWAITED: gl.constexpr, S: gl.constexpr):
+def _produce_gemm(gemm, base, routing, counters, posts, ring, flow, AWAITED: gl.constexpr, S: gl.constexpr):
     """The tiles of one GEMM, of which `base` is the first, as far as they are this block's; `flow` behind them."""
-    a_bufs, w_bufs, empty, ready = ring
+    a, w, scales, _ = gemm
+    a_bufs, w_bufs, scale_bufs, empty, ready = ring
     ticket, done = counters
-    tile, count, stage, phase = flow
+    tile, count, step = flow
+    stage = step % S.stages
+    phase = step // S.stages % 2 ^ 1
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16 // S.value_bytes], [4, 8], [4, 1], [1, 0])
     STEP: gl.constexpr = S.step
     BLOCK_M: gl.constexpr = S.block_m
-    W_BYTES: gl.constexpr = S.halves * w.block_type.nbytes
+    W_BYTES: gl.constexpr = S.products * w.block_type.nbytes
     num_m = gl.load(routing[3]) // BLOCK_M
-    behind = S.stages - _LAG  # the stage whose tokens are announced next
+    behind = (stage + S.stages - _LAG) % S.stages  # the stage whose tokens are announced next
     steps = 0
     end = base + num_m * S.tiles_n
     pid_m, pid_n = _place(tile - base, num_m, S)
@@ -132,40 +141,46 @@ def _produce_gemm(a, w, base, routing, counters, posts, ring, flow, AWAITED: gl.
     else:
         row = gl.load(routing[5] + pid_m)
     while tile < end:
-        ahead = _draw(ticket, posts, count + 1, S)
+        step += S.steps
+        ahead = _draw(ticket, posts, count + 1, step, S)
         ahead_m, ahead_n = _place(ahead - base, num_m, S)
         ahead_expert = _expert(routing, ahead_m, S)
         if S.gathers:
             ahead_slots = _slots(routing, ahead_m * BLOCK_M, BLOCK_M, gl.SliceLayout(1, LAYOUT))
             rows = slots // S.top_k
+            there = slots < routing[4]
             depth = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, LAYOUT)), 0)
             pointers = a + (gl.expand_dims(rows.to(gl.int64) * S.depth, 1) + depth)
-            live, pointers = gl.broadcast(gl.expand_dims(slots < routing[4], 1), pointers)  # padding costs no traffic
+            live, pointers = gl.broadcast(gl.expand_dims(there, 1), pointers)  # padding costs no traffic
         else:
             ahead_row = gl.load(routing[5] + ahead_m)
+            rows = row + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+            there = rows < routing[4]
         for k in range(0, S.steps * STEP, STEP):
             mbarrier.wait(empty.index(stage), phase)
             bar = ready.index(stage)
+            mbarrier.expect(bar, W_BYTES if S.gathers else W_BYTES + a.block_type.nbytes)
+            _load_weights(w, expert, pid_n, k, bar, w_bufs, stage, S)
             if S.gathers:
-                mbarrier.expect(bar, W_BYTES)
-                _load_weights(w, expert, pid_n, k, bar, w_bufs, stage, S)
                 mask = live
                 if S.depth % STEP != 0:
                     mask = live & (depth < S.depth - k)
                 async_copy.async_copy_global_to_shared(a_bufs.index(stage), pointers + k, mask=mask)
-                async_copy.commit_group()
-                async_copy.wait_group(_LAG)
-                behind = _announce(ready, behind, steps >= _LAG, S)
-                steps += 1
             else:
-                mbarrier.expect(bar, W_BYTES + a.block_type.nbytes)
-                if S.joined:  # gemm1's stages are announced twice
-                    mbarrier.arrive(bar, count=1)
-                _load_weights(w, expert, pid_n, k, bar, w_bufs, stage, S)
                 if AWAITED > 0:  # noqa: SIM102 - the first one is decided by the compiler
                     if k == 0:
                         _await_rows(done, pid_m, AWAITED)
                 tma.async_copy_global_to_shared(a, [row, k], bar, a_bufs.index(stage))
+            if S.rings_scales:
+                token_scales = scales[0] + rows * S.steps + k // STEP
+                async_copy.async_copy_global_to_shared(scale_bufs.index(stage), token_scales, mask=there)
+            if S.copies:
+                async_copy.commit_group()
+                async_copy.wait_group(_LAG)
+                behind = _announce(ready, behind, steps >= _LAG, S)
+                steps += 1
+            elif S.joined:  # gemm1's stages are announced twice
+                mbarrier.arrive(bar, count=1)
             stage, phase = next_stage(stage, phase, S.stages)
         tile = ahead
         pid_m = ahead_m
@@ -176,115 +191,120 @@ def _produce_gemm(a, w, base, routing, counters, posts, ring, flow, AWAITED: gl.
         else:
             row = ahead_row
         count += 1
-    if S.gathers:
+    if S.copies:
         async_copy.wait_group(0)
         for late in gl.static_range(_LAG):
             behind = _announce(ready, behind, steps + late >= _LAG, S)
-    return tile, count, stage, phase
+    return tile, count, step
 
 
 @gluon.jit
 def _produce(first, second, routing, counters, posts, ring, S: gl.constexpr, S2: gl.constexpr):
     """Every tile of this block, in the order in which the consumers take them."""
     wait_for_previous(S.pdl)
-    flow = (_draw(counters[0], posts, 0, S), 0, 0, 1)
-    flow = _produce_gemm(first[0], first[1], 0, routing, counters, posts, ring, flow, 0, S)
+    flow = (_draw(counters[0], posts, 0, 0, S), 0, 0)
+    flow = _produce_gemm(first, 0, routing, counters, posts, ring, flow, 0, S)
     if S2 is not None:
         base = gl.load(routing[3]) // S.block_m * S.tiles_n
-        ring = _as_second(ring, second[1])
-        _produce_gemm(second[0], second[1], base, routing, counters, posts, ring, flow, 2 * S.tiles_n, S2)
+        ring = (ring[0], _as_second(ring[1], second[1]), ring[2], ring[3], ring[4])
+        awaited: gl.constexpr = S.arrivals * S.tiles_n
+        flow = _produce_gemm(second, base, routing, counters, posts, ring, flow, awaited, S2)
+    if not S.shares_tiles:  # one consumer has been told that there is no more, now the other
+        _draw(counters[0], posts, flow[1] + 1, flow[2], S)
 
 
 @gluon.jit
-def _as_second(ring, w):
-    """The ring as gemm2 sees it, whose blocks of weights may have another form of the same size."""
-    a_bufs, w_bufs, empty, ready = ring
+def _as_second(w_bufs, w):
+    """The ring's blocks of weights as gemm2 sees them, which may have another form of the same size."""
     SHAPE: gl.constexpr = [w_bufs.shape[0]] + w.block_type.shape  # noqa: RUF005 - Triton has no stars
-    return a_bufs, w_bufs._reinterpret(w.dtype, SHAPE, w.layout), empty, ready
+    return w_bufs._reinterpret(w.dtype, SHAPE, w.layout)
 
 
 @gluon.jit
 def _facts(routing, tile, num_m, skip: gl.constexpr, LEADS: gl.constexpr, LAYOUT: gl.constexpr, S: gl.constexpr):
-    """What a consumer has to know of a tile: expert, its first row of `hidden`, sorted slots [64], and on request the
-    first of them once more.
+    """What a consumer has to know of a tile: expert, its first row of `hidden`, sorted slots [tokens], and on request
+    the first of them once more.
     """
     pid_m, _ = _place(tile, num_m, S)
     first = pid_m * S.block_m + skip
     lead = gl.load(routing[1] + first) if LEADS else 0
-    return _expert(routing, pid_m, S), gl.load(routing[5] + pid_m) + skip, _slots(routing, first, EACH, LAYOUT), lead
+    return (
+        _expert(routing, pid_m, S), gl.load(routing[5] + pid_m) + skip, _slots(routing, first, S.tokens, LAYOUT), lead
+    )  # fmt: skip
 
 
 @gluon.jit
-def _consume_gemm(part: gl.constexpr, scales, results, base, routing, counters, posts, ring, flow,
+def _consume_gemm(part: gl.constexpr, scales, results, base, routing, counters, posts, ring, turns, flow,
                   ACTIVATION: gl.constexpr, DTYPE: gl.constexpr, S: gl.constexpr):  # fmt: skip
     """`_produce_gemm`, for consumer `part`."""
-    tile, count, stage, phase = flow
-    place = (stage, phase)
-    PRODUCT_N: gl.constexpr = S.product_n
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PRODUCT_N, 32 // S.value_bytes])
-    ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
+    tile, count, step = flow
+    SHAPE: gl.constexpr = (S.product_n, S.tokens) if S.swaps else (S.tokens, S.product_n)
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE[1], 32 // S.value_bytes])
+    TOKENS: gl.constexpr = gl.SliceLayout(0 if S.swaps else 1, ACC)
     PRODUCT: gl.constexpr = gl.int32 if ring[0].dtype == gl.int8 else gl.float32
-    SKIP: gl.constexpr = part * EACH if S.parts_by_rows else 0  # slots of the tile before this consumer's
-    HALVED: gl.constexpr = S.parts_by_rows and part == 1  # an expert's padding follows its slots
+    SKIP: gl.constexpr = part * S.tokens if S.shares_tiles else 0  # slots of the tile before this consumer's
+    HALVED: gl.constexpr = S.shares_tiles and part == 1  # an expert's padding follows its slots
+    EVERY: gl.constexpr = 1 if S.shares_tiles else 2
     num_m = gl.load(routing[3]) // S.block_m
-    nothing = gl.zeros((EACH, PRODUCT_N), PRODUCT, layout=ACC)
+    nothing = gl.zeros(SHAPE, PRODUCT, layout=ACC)
     if S.takes_turns and part == 1:
         asm("bar.arrive " + FIRST_TURN)  # consumer 0 begins
     end = base + num_m * S.tiles_n
-    expert, row, slots, lead = _facts(routing, tile - base, num_m, SKIP, HALVED, ROWS, S)
+    expert, row, slots, lead = _facts(routing, tile - base, num_m, SKIP, HALVED, TOKENS, S)
     while tile < end:
-        ahead = _posted(posts, count + 1, S)
+        weights = router_weights(slots, routing, S)
         pid_m, pid_n = _place(tile - base, num_m, S)
-        first = pid_m * S.block_m + SKIP
         column = pid_n * (S.block_n // S.sides)
-        if not S.parts_by_rows:
-            column += part * S.width
+        place = (step % S.stages, step // S.stages % 2)
         if HALVED:
             padding = lead >= routing[4]
         else:
             padding: gl.constexpr = False
         if padding:
-            place = skip(ring, place, part, S)
-            ahead_facts = _facts(routing, ahead - base, num_m, SKIP, HALVED, ROWS, S)
+            skip(ring, place, part, S)
+            tile, step = _posted(posts, count + 1, S)
+            ahead_facts = _facts(routing, tile - base, num_m, SKIP, HALVED, TOKENS, S)
         else:
+            own = (turns, count // 2)
             if S.grouped:
-                low, high, place = multiply_groups(
-                    routing, scales, expert, slots, row, column, ring, place, nothing, part, S
-                )
+                low, high = multiply_groups(
+                    routing, scales, expert, slots, row, column, ring, place, own, nothing, part, S
+                )  # fmt: skip
             else:
-                low, high, place = multiply(ring, place, nothing, part, S)
-            # Not earlier: products leave registers for no more.
-            ahead_facts = _facts(routing, ahead - base, num_m, SKIP, HALVED, ROWS, S)
+                low, high = multiply(ring, place, own, nothing, part, S)
+            # Not earlier: products leave registers for no more, and the producer may be waiting for these.
+            tile, step = _posted(posts, count + EVERY, S)
+            ahead_facts = _facts(routing, tile - base, num_m, SKIP, HALVED, TOKENS, S)
             finish(
-                low, high, expert, slots, first, row, column, routing, scales, results, part, count % 2,
-                ACTIVATION, DTYPE, S,
+                low, high, expert, slots, weights, row, column, routing, scales, results, ACTIVATION, DTYPE, S
             )  # fmt: skip
         if S.joined and S.gathers:
             _release_rows(counters[1], pid_m)
-        tile = ahead
         expert, row, slots, lead = ahead_facts
-        count += 1
+        count += EVERY
     if S.takes_turns and part == 0:
         asm("bar.sync " + FIRST_TURN)  # takes consumer 1's last arrival
-    return tile, count, place[0], place[1]
+    return tile, count, step
 
 
 @gluon.jit
-def _consume(part: gl.constexpr, first, second, routing, counters, posts, ring, ACTIVATION: gl.constexpr,
+def _consume(part: gl.constexpr, first, second, routing, counters, posts, ring, turns, ACTIVATION: gl.constexpr,
              DTYPE: gl.constexpr, S: gl.constexpr, S2: gl.constexpr):  # fmt: skip
     """The tiles of this block as far as they are consumer `part`'s."""
     wait_for_previous(S.pdl)
     if S.pdl:
         asm("griddepcontrol.launch_dependents")
-    flow = (_posted(posts, 0, S), 0, 0, 0)
+    COUNT: gl.constexpr = 0 if S.shares_tiles else part
+    tile, step = _posted(posts, COUNT, S)
+    flow = (tile, COUNT, step)
     flow = _consume_gemm(
-        part, first[2], first[3], 0, routing, counters, posts, ring, flow, ACTIVATION, DTYPE, S
+        part, first[2], first[3], 0, routing, counters, posts, ring, turns, flow, ACTIVATION, DTYPE, S
     )  # fmt: skip
     if S2 is not None:
         base = gl.load(routing[3]) // S.block_m * S.tiles_n
-        ring = _as_second(ring, second[1])
+        ring = (ring[0], _as_second(ring[1], second[1]), ring[2], ring[3], ring[4])
         _consume_gemm(
-            part, second[2], second[3], base, routing, counters, posts, ring, flow, ACTIVATION, DTYPE, S2
+            part, second[2], second[3], base, routing, counters, posts, ring, turns, flow, ACTIVATION, DTYPE, S2
         )  # fmt: skip
 
 
@@ -306,28 +326,29 @@ def _run(first, second, routing, counters, ACTIVATION: gl.constexpr, DTYPE: gl.c
     POSTS: gl.constexpr = S.posts
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     a_bufs = gl.allocate_shared_memory(w.dtype, [STAGES, S.block_m, S.step], VALUES)
-    w_bufs = gl.allocate_shared_memory(w.dtype, [STAGES * S.halves] + w.block_type.shape, w.layout)  # noqa: RUF005 - Triton has no stars
+    w_bufs = gl.allocate_shared_memory(w.dtype, [STAGES * S.products] + w.block_type.shape, w.layout)  # noqa: RUF005 - Triton has no stars
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(empty.index(stage), count=2)
-        mbarrier.init(ready.index(stage), count=2 if S.gathers else 1)
-    numbers = gl.allocate_shared_memory(gl.int32, [POSTS, 1], FLAT)
+        mbarrier.init(empty.index(stage), count=S.arrivals)
+        mbarrier.init(ready.index(stage), count=2 if S.copies else 1)
+    numbers = gl.allocate_shared_memory(gl.int32, [2 * POSTS, 1], FLAT)
     posted = gl.allocate_shared_memory(gl.int64, [POSTS, 1], mbarrier.MBarrierLayout())
     for post in gl.static_range(POSTS):
         mbarrier.init(posted.index(post), count=1)
-    if S.shares_groups:
-        maxima = gl.allocate_shared_memory(gl.float32, [4, EACH], FLAT)
-        met = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(met, count=2)
-        out, out_scale, bias = first[3]
-        first = (first[0], w, first[2], (out, out_scale, bias, maxima, met))
-    ring = (a_bufs, w_bufs, empty, ready)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for turn in gl.static_range(2):
+        mbarrier.init(turns.index(turn), count=1)
+    if S.rings_scales:
+        scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, S.block_m], FLAT)
+    else:
+        scale_bufs: gl.constexpr = None
+    ring = (a_bufs, w_bufs, scale_bufs, empty, ready)
     posts = (numbers, posted)
     gl.warp_specialize(
         [
-            (_consume, (0, first, second, routing, counters, posts, ring, ACTIVATION, DTYPE, S, S2)),
-            (_consume, (1, first, second, routing, counters, posts, ring, ACTIVATION, DTYPE, S, S2)),
+            (_consume, (0, first, second, routing, counters, posts, ring, turns, ACTIVATION, DTYPE, S, S2)),
+            (_consume, (1, first, second, routing, counters, posts, ring, turns, ACTIVATION, DTYPE, S, S2)),
             (_produce, (first, second, routing, counters, posts, ring, S, S2)),
         ],
         [WARPS, WARPS if S.gathers else 1],

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .cooperative_finish import EACH, GROUP, each_row, rows_of
+from .cooperative_finish import GROUP, along_tokens, columns_of, rows_of
 from .decode import decode_scale
 from .stream_parts import asm, next_stage
 
@@ -35,6 +35,16 @@ def _pass_turn(part: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
+def _issue(a_tile, w_tile, sums, ADDS: gl.constexpr, S: gl.constexpr):
+    """A product of tokens and one block of weight rows, on its way; added to `sums` or not."""
+    w_tile = w_tile.reshape((S.product_n, S.step))
+    if S.swaps:
+        return warpgroup_mma(w_tile, a_tile.permute((1, 0)), sums, use_acc=ADDS, is_async=True)
+    else:
+        return warpgroup_mma(a_tile, w_tile.permute((1, 0)), sums, use_acc=ADDS, is_async=True)
+
+
+@gluon.jit
 def _product(a_tile, w_tile, nothing, part: gl.constexpr, S: gl.constexpr):
     """Issue one product and wait for no one, but in gemm1 for one's turn.
 
@@ -42,55 +52,70 @@ def _product(a_tile, w_tile, nothing, part: gl.constexpr, S: gl.constexpr):
     reductions of gemm2 gain nothing from it, and it ties the consumers' epilogues together.
     """
     _await_turn(part, S)
-    w_tile = w_tile.reshape((GROUP, GROUP)).permute((1, 0))
-    product = warpgroup_mma(a_tile, w_tile, nothing, use_acc=False, is_async=True)
+    product = _issue(a_tile, w_tile, nothing, False, S)
     _pass_turn(part, S)
     return product
 
 
 @gluon.jit
-def _columns(values):
-    """[64, N] -> its left and right N / 2 columns, in registers."""
-    return gl.split(gl.permute(gl.reshape(values, (EACH, 2, values.shape[1] // 2)), (0, 2, 1)))
+def _scaled(product, factor, S: gl.constexpr):
+    """product [tokens, N] times factor [tokens]."""
+    return product.to(gl.float32) * along_tokens(factor, product, S)
 
 
 @gluon.jit
-def _scaled(product, factor):
-    """product [64, N] times factor [64]."""
-    return product.to(gl.float32) * each_row(factor, product)
-
-
-@gluon.jit
-def _scales(a_scale, w_scale, routing, expert, slots, column, row, S: gl.constexpr):
-    """Where the scales of a consumer's part of a tile begin: of its rows [64], and of both halves of its columns."""
+def _weight_scales(w_scale, expert, column, step, S: gl.constexpr):
+    """The weights' scales of a step, as they are stored, of both halves of a tile's columns; of the last step if there
+    is none.
+    """
     HIGH: gl.constexpr = S.columns // GROUP if S.gated else 1  # groups from low to high
-    a_rows = rows_of(slots, row, routing, S)
     last = (expert + 1) * S.row_groups - 1
     group = gl.minimum(expert * S.row_groups + column // GROUP, last)
-    high = gl.minimum(group + HIGH, last)
-    return a_scale + a_rows * S.steps, w_scale + group * S.steps, w_scale + high * S.steps
+    step = gl.minimum(step, S.steps - 1)
+    low_scale = gl.load(w_scale + group * S.steps + step)
+    if S.has_high:  # noqa: SIM108 - too long for one line
+        high_scale = gl.load(w_scale + gl.minimum(group + HIGH, last) * S.steps + step)
+    else:
+        high_scale = low_scale
+    return low_scale, high_scale
 
 
 @gluon.jit
-def multiply(ring, place, nothing, part: gl.constexpr, S: gl.constexpr):
-    """The sums of a consumer's part of one tile, low and high, and the place in the ring behind it."""
-    a_bufs, w_bufs, empty, ready = ring
+def _await_tile(own, part: gl.constexpr, S: gl.constexpr):
+    """Where tiles are the consumers' in turn: until the other one is through with the stages of the tile before.
+
+    A barrier of the ring tells rounds apart by their parity, and who waits for a tile too early is two rounds ahead.
+    """
+    if not S.shares_tiles:
+        turns, number = own
+        mbarrier.wait(turns.index(part), (number + part + 1) % 2)
+
+
+@gluon.jit
+def _pass_tile(own, part: gl.constexpr, S: gl.constexpr):
+    """This consumer is through with the stages of its tile."""
+    if not S.shares_tiles:
+        mbarrier.arrive(own[0].index(1 - part), count=1)
+
+
+@gluon.jit
+def multiply(ring, place, own, nothing, part: gl.constexpr, S: gl.constexpr):
+    """The sums of a consumer's part of one tile, low and high; own: turns and the number of the tile among its own."""
+    a_bufs, w_bufs, _, empty, ready = ring
     stage, phase = place
-    SHAPE: gl.constexpr = (S.product_n, S.step)
-    FIRST_HALF: gl.constexpr = 0 if S.parts_by_rows else part
+    PRODUCTS: gl.constexpr = S.products
     low = nothing
     high = nothing
+    _await_tile(own, part, S)
     behind = 0  # a value of its own: with that of `stage`, Triton would take it for one that the loop does not change
     for k in range(S.steps):
         mbarrier.wait(ready.index(stage), phase)
         a_tile = a_bufs.index(stage)
-        if S.parts_by_rows:
-            a_tile = a_tile.slice(part * EACH, EACH, 0)
-        w_tile = w_bufs.index(stage * S.halves + FIRST_HALF).reshape(SHAPE).permute((1, 0))
-        product = warpgroup_mma(a_tile, w_tile, low, use_acc=True, is_async=True)
-        if S.products == 2:
-            w_tile = w_bufs.index(stage * S.halves + 1).reshape(SHAPE).permute((1, 0))
-            second = warpgroup_mma(a_tile, w_tile, high, use_acc=True, is_async=True)
+        if S.shares_tiles:
+            a_tile = a_tile.slice(part * S.tokens, S.tokens, 0)
+        product = _issue(a_tile, w_bufs.index(stage * PRODUCTS), low, True, S)
+        if PRODUCTS == 2:
+            second = _issue(a_tile, w_bufs.index(stage * PRODUCTS + 1), high, True, S)
             low, high = warpgroup_mma_wait(2, deps=(product, second))
         else:
             low = warpgroup_mma_wait(1, deps=(product,))
@@ -99,70 +124,81 @@ def multiply(ring, place, nothing, part: gl.constexpr, S: gl.constexpr):
         stage, phase = next_stage(stage, phase, S.stages)
     low, high = warpgroup_mma_wait(0, deps=(low, high))
     mbarrier.arrive(empty.index(behind), count=1)
+    _pass_tile(own, part, S)
     low = low.to(gl.float32)
-    if S.products == 2:
+    if PRODUCTS == 2:
         high = high.to(gl.float32)
     elif S.has_high:
-        low, high = _columns(low)
-    return low, high, (stage, phase)
+        low, high = columns_of(low, S)
+    return low, high
 
 
 @gluon.jit
-def multiply_groups(routing, scales, expert, slots, row, column, ring, place, nothing, part: gl.constexpr,
-                     S: gl.constexpr):  # fmt: skip
-    """`multiply` with block scales."""
-    a_bufs, w_bufs, empty, ready = ring
+def multiply_groups(routing, scales, expert, slots, row, column, ring, place, own, nothing, part: gl.constexpr,
+                    S: gl.constexpr):  # fmt: skip
+    """`multiply` with block scales; column: the first of the tile, row: that of `hidden` which the first slot has."""
+    a_bufs, w_bufs, scale_bufs, empty, ready = ring
     stage, phase = place
+    PRODUCTS: gl.constexpr = S.products
     ACC: gl.constexpr = nothing.type.layout
-    FIRST_HALF: gl.constexpr = 0 if S.parts_by_rows else part
-    token_scales, low_scales, high_scales = _scales(scales[0], scales[1], routing, expert, slots, column, row, S)
+    TOKENS: gl.constexpr = gl.SliceLayout(0 if S.swaps else 1, ACC)
     # Of rows that appear while the kernel runs: once they are there, and past L1, which may hold lines of before.
-    if S.joined and not S.gathers:
-        mbarrier.wait(ready.index(stage), phase)
-    FRESH: gl.constexpr = ".cg" if S.joined and not S.gathers else ""
-    # A step's scales are loaded one step ahead: a load in front of the product would delay it.
-    token_scale = gl.load(token_scales, cache_modifier=FRESH)
-    low_scale = decode_scale(gl.load(low_scales))
-    high_scale = decode_scale(gl.load(high_scales))
-    low = gl.zeros((EACH, GROUP), gl.float32, layout=ACC)
+    AWAITS_ROWS: gl.constexpr = S.joined and not S.gathers
+    FRESH: gl.constexpr = ".cg" if AWAITS_ROWS else ""
+    # Loaded steps ahead: a load takes longer than a step whose stage is full.
+    now = _weight_scales(scales[1], expert, column, 0, S)
+    soon = _weight_scales(scales[1], expert, column, 1, S)
+    later = _weight_scales(scales[1], expert, column, 2, S)
+    if not S.rings_scales:
+        if AWAITS_ROWS:
+            mbarrier.wait(ready.index(stage), phase)
+        token_scales = scales[0] + rows_of(slots, row, routing, S) * S.steps
+        token_scale = gl.load(token_scales, cache_modifier=FRESH)
+    low = gl.zeros(nothing.shape, gl.float32, layout=ACC)
     high = low
     if S.splits:
-        low, high = _columns(low)
+        low, high = columns_of(low, S)
+    _await_tile(own, part, S)
     for k in range(S.steps):
-        ahead = gl.minimum(k + 1, S.steps - 1)
         mbarrier.wait(ready.index(stage), phase)
         a_tile = a_bufs.index(stage)
-        if S.parts_by_rows:
-            a_tile = a_tile.slice(part * EACH, EACH, 0)
-        product = _product(a_tile, w_bufs.index(stage * S.halves + FIRST_HALF), nothing, part, S)
-        factor_low = token_scale * low_scale
-        factor_high = token_scale * high_scale
-        token_scale = gl.load(token_scales + ahead, cache_modifier=FRESH)
-        low_scale = decode_scale(gl.load(low_scales + ahead))
-        if S.has_high:
-            high_scale = decode_scale(gl.load(high_scales + ahead))
+        if S.shares_tiles:
+            a_tile = a_tile.slice(part * S.tokens, S.tokens, 0)
+        product = _product(a_tile, w_bufs.index(stage * PRODUCTS), nothing, part, S)
+        if S.rings_scales:
+            token_scale = scale_bufs.index(stage).load(TOKENS)
+        factor_low = token_scale * decode_scale(now[0])
+        factor_high = token_scale * decode_scale(now[1])
+        if S.rings_scales:
+            now = soon
+            soon = later
+            later = _weight_scales(scales[1], expert, column, k + 3, S)
+        else:  # registers are for no more than one step
+            now = _weight_scales(scales[1], expert, column, k + 1, S)
+            token_scale = gl.load(token_scales + gl.minimum(k + 1, S.steps - 1), cache_modifier=FRESH)
         product = warpgroup_mma_wait(0, deps=(product,))
-        if S.products == 2:
-            low += _scaled(product, factor_low)
-            product = _product(a_tile, w_bufs.index(stage * S.halves + 1), nothing, part, S)
+        if PRODUCTS == 2:
+            low += _scaled(product, factor_low, S)
+            product = _product(a_tile, w_bufs.index(stage * PRODUCTS + 1), nothing, part, S)
             product = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(empty.index(stage), count=1)
-        if S.products == 2:
-            high += _scaled(product, factor_high)
+        if PRODUCTS == 2:
+            high += _scaled(product, factor_high, S)
         elif S.splits:
-            left, right = _columns(product)
-            low += _scaled(left, factor_low)
-            high += _scaled(right, factor_high)
+            left, right = columns_of(product, S)
+            low += _scaled(left, factor_low, S)
+            high += _scaled(right, factor_high, S)
         else:
-            low += _scaled(product, factor_low)
+            low += _scaled(product, factor_low, S)
         stage, phase = next_stage(stage, phase, S.stages)
-    return low, high, (stage, phase)
+    _pass_tile(own, part, S)
+    return low, high
 
 
 @gluon.jit
 def skip(ring, place, part: gl.constexpr, S: gl.constexpr):
     """A tile of whose slots this consumer's are padding: its stages and turns pass, for the other's sake."""
-    _, _, empty, ready = ring
+    _, _, _, empty, ready = ring
     stage, phase = place
     PRODUCTS: gl.constexpr = S.products
     for _step in range(S.steps):
@@ -172,4 +208,3 @@ def skip(ring, place, part: gl.constexpr, S: gl.constexpr):
             _pass_turn(part, S)
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, S.stages)
-    return stage, phase

@@ -77,7 +77,7 @@ class CooperativeSizes:
 
     @property
     def posts(self) -> int:
-        """Places for tiles that are posted: at most one more than the ring has stages has not been taken yet."""
+        """Places for tiles that are posted: at most two more than the ring has stages have not been taken yet."""
         return posts_of(self.stages)
 
     @property
@@ -86,37 +86,55 @@ class CooperativeSizes:
         return -(-self.rows // GROUP)
 
     @property
-    def parts_by_rows(self) -> bool:
-        """Whether each consumer has half of a tile's rows and all columns, or all 64 rows and half of the columns."""
+    def shares_tiles(self) -> bool:
+        """Whether each consumer has half of every tile's rows. Otherwise each tile is one's own, in turn."""
         return self.block_m == 128
 
     @property
-    def part_n(self) -> int:
-        """Weight rows of a tile that one consumer multiplies with."""
-        return self.block_n if self.parts_by_rows else self.block_n // 2
+    def swaps(self) -> bool:
+        """Whether products are weights · tokensᵀ: the tensor cores have at least 64 rows, and columns from 8 on."""
+        return self.block_m < 64
+
+    @property
+    def tokens(self) -> int:
+        """Sorted slots of a tile that are one consumer's."""
+        return min(self.block_m, 64)
+
+    @property
+    def rings_scales(self) -> bool:
+        """Whether the block scales of a step's tokens come through the ring, like the tokens.
+
+        Not those of 128 rows, where the tensor cores are the bound: what the producer does for them cost up to 11 %.
+        """
+        return self.grouped and not self.shares_tiles
+
+    @property
+    def copies(self) -> bool:
+        """Whether the producer copies tokens or their scales itself, and so has to say when they are there."""
+        return self.gathers or self.rings_scales
+
+    @property
+    def arrivals(self) -> int:
+        """Of consumers, once each that has a part in a tile is through with it, or with a stage of it."""
+        return 2 if self.shares_tiles else 1
 
     @property
     def product_n(self) -> int:
-        """Weight rows of one product: those that share a scale, or all of a consumer.
+        """Weight rows of one product: those that share a scale, or all of the tile.
 
         Of int8 values at most 128: Triton 3.6 has no integer product of 256.
         """
-        return min(self.part_n, GROUP) if self.grouped or self.integer else self.part_n
+        return min(self.block_n, GROUP) if self.grouped or self.integer else self.block_n
 
     @property
     def products(self) -> int:
-        """Of a consumer and step."""
-        return self.part_n // self.product_n
-
-    @property
-    def halves(self) -> int:
-        """Blocks of product_n weight rows of a tile."""
+        """Of a consumer and step, and blocks of weight rows that a step loads."""
         return self.block_n // self.product_n
 
     @property
     def takes_turns(self) -> bool:
-        """Whether the consumers issue their products in turn (cooperative_kernel._product)."""
-        return self.grouped and self.gathers and self.parts_by_rows
+        """Whether the consumers issue their products in turn (cooperative_products._product)."""
+        return self.grouped and self.gathers and self.shares_tiles
 
     @property
     def splits(self) -> bool:
@@ -126,7 +144,7 @@ class CooperativeSizes:
     @property
     def has_high(self) -> bool:
         """Whether a consumer has two sums, of gate and up columns or of neighbours, and not `low` alone."""
-        return self.gated or self.part_n == 2 * GROUP
+        return self.gated or self.block_n == 2 * GROUP
 
     @property
     def width(self) -> int:
@@ -134,9 +152,12 @@ class CooperativeSizes:
         return self.product_n // 2 if self.splits else self.product_n
 
     @property
-    def shares_groups(self) -> bool:
-        """Whether a group of `hidden` is half one consumer's and half the other's."""
-        return self.grouped and self.splits and not self.parts_by_rows
+    def store_n(self) -> int:
+        """Columns of 16-bit results that a consumer brings into the order of its stores at a time.
+
+        What that takes of the shared memory is a stage of the ring less where a tile has 64 rows.
+        """
+        return stored_columns(self.block_m)
 
     @property
     def weight_box(self) -> list[int]:
@@ -157,25 +178,29 @@ def joins(tiles: "LayerTiles", gemm1: "Gemm") -> bool:
 
 
 def posts_of(stages: int) -> int:
-    """The power of two above `stages`."""
-    return 1 << stages.bit_length()
+    """The power of two that is at least `stages` + 2."""
+    return 1 << (stages + 1).bit_length()
+
+
+def stored_columns(block_m: int) -> int:
+    """CooperativeSizes.store_n."""
+    return GROUP // 2 if block_m == 64 else GROUP
 
 
 def cooperative_memory(tile: "TileConfig", *gemms: "Gemm") -> int:
-    """Bytes of shared memory of a launch that runs one GEMM or joins two: ring, each consumer's result on its way to
-    16-byte stores, shared maxima, barriers, posts.
+    """Bytes of shared memory of a launch that runs one GEMM or joins two: ring, block scales of its tokens, each
+    consumer's result on its way to 16-byte stores, barriers, posts.
     """
     stages, posts = tile.num_stages, posts_of(tile.num_stages)
     ring = stages * (tile.BLOCK_SIZE_M + tile.BLOCK_SIZE_N) * _STEP_BYTES
-    part_n = tile.BLOCK_SIZE_N if tile.BLOCK_SIZE_M == 128 else tile.BLOCK_SIZE_N // 2
-    results = maxima = 0
+    ring += 4 * stages * tile.BLOCK_SIZE_M if gemms[0].group_k and tile.BLOCK_SIZE_M < 128 else 0
+    results = 0
     for gemm in gemms:
+        columns = min(GROUP, tile.BLOCK_SIZE_N // 2 if gemm.gated else tile.BLOCK_SIZE_N)
         quantised = gemm.op == "gemm1" and quantises_hidden(tile, gemm)
-        wide = min(GROUP, part_n // 2 if gemm.gated else part_n)
-        results = max(results, 2 * 64 * wide * (1 if quantised else 2))
-        if quantised and gemm.gated and part_n <= GROUP:
-            maxima = 4 * 64 * 4 + 8
-    total = ring + results + maxima + 8 * (2 * stages + posts) + 4 * posts
+        own = columns if quantised else 2 * min(columns, stored_columns(tile.BLOCK_SIZE_M))
+        results = max(results, 2 * min(tile.BLOCK_SIZE_M, 64) * own)
+    total = ring + results + 8 * (2 * stages + posts + 2) + 8 * posts
     return -(-total // 128) * 128 + 4  # what the drawn tile passes through
 
 
@@ -196,16 +221,16 @@ def why_illegal_cooperative(tile: "TileConfig", gemm: "Gemm", device: "DeviceFac
     row_bytes = gemm.depth * gemm.a_bits // 8
     if row_bytes % 16:
         return f"rows of {row_bytes} bytes are not the multiple of 16 that TMA needs"
-    if tile.SWAP_AB:
-        return "SWAP_AB is not for family=cooperative"
-    # With block scales a consumer's products have 128 columns.
-    columns = (256,) if gemm.group_k and tile.BLOCK_SIZE_M == 64 else (128, 256)
     step = 8 * _STEP_BYTES // gemm.a_bits
-    allowed = {"BLOCK_SIZE_M": (64, 128), "BLOCK_SIZE_N": columns, "BLOCK_SIZE_K": (step,), "num_warps": (8,)}
+    allowed = {
+        "BLOCK_SIZE_M": (16, 32, 64, 128), "BLOCK_SIZE_N": (128, 256), "BLOCK_SIZE_K": (step,), "num_warps": (8,)
+    }  # fmt: skip
     for key, values in allowed.items():
         if getattr(tile, key) not in values:
             shown = " or ".join(str(value) for value in values)
             return f"{key}={getattr(tile, key)} is not the {shown} of family=cooperative"
+    if tile.SWAP_AB != (tile.BLOCK_SIZE_M < 64):  # noqa: SIM300 - no constant is on the left
+        return f"SWAP_AB={tile.SWAP_AB} is not for BLOCK_SIZE_M={tile.BLOCK_SIZE_M} of family=cooperative"
     # Gathered tokens are announced two steps after they were asked for; products that add up keep the stage before.
     least = 3 if gemm.group_k else 4
     if tile.num_stages < least:

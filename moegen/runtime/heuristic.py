@@ -32,27 +32,31 @@ def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -
 def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> int:
     """BLOCK_SIZE_M of "cooperative" where it is faster than the portable family, else 0.
 
-    From ten layers on an H200 (docs/results/experiments/h200-families.csv) and the records in tuned_configs/. The
-    family has one launch for both GEMMs, and no loads that wait between tiles; small programs of the portable family
-    keep more loads in flight.
+    From ten layers on an H200 (docs/results/experiments/h200-families.csv, h200-swapped.txt) and the records in
+    tuned_configs/. The family has one launch for both GEMMs, and no loads that wait between tiles; small programs of
+    the portable family keep more loads in flight, and share few experts among more multiprocessors.
     """
     slots, mean = tokens * gemm1.top_k, mean_slots(gemm1, tokens)
+    enough = slots * gemm1.rows >= 480 * device.num_sms  # nearly two tiles of 256 rows a multiprocessor
     wide = mean >= 48
     if gemm1.group_k:
-        faster = mean > 1 and mean * gemm2.depth >= 2048
+        faster = enough
     elif gemm1.is_w8a8:
-        faster, wide = mean >= 32, mean >= (64 if gemm2.depth >= 1024 else 128)
+        faster, wide = mean >= 32 or (enough and gemm2.depth < 8192), mean >= (64 if gemm2.depth >= 1024 else 128)
+    elif mean <= 6 and gemm2.depth < 8192:
+        return 16 if enough else 0
     elif gemm2.depth <= 384:
-        faster = 2 * slots >= gemm1.num_experts
+        faster = True
     elif gemm2.depth <= 1024:
         faster = mean * gemm2.depth >= 6144
     elif gemm2.depth < 8192:
-        lone = 4 * slots <= gemm1.num_experts  # most of them alone with their expert, but tiles for all multiprocessors
-        faster = mean >= (16 if gemm2.depth < 2048 else 32) or (lone and slots * gemm1.rows >= 256 * 2 * device.num_sms)
+        faster = mean >= (16 if gemm2.depth < 2048 else 32)
     else:
         faster = 512 <= mean <= 1024
     if not faster:
         return 0
+    if gemm1.is_w8a8 and mean <= 20:
+        return 16 if mean <= 10 else 32
     return 128 if wide else 64
 
 
@@ -83,13 +87,15 @@ def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -
 
 def _cooperative_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:
     """The same for both GEMMs, so that one launch runs them; few M blocks at a time, so that gemm2 can soon begin."""
+    swaps = block_m < 64
     tile = TileConfig(
         block_m,
-        256,
+        256 if gemm1.group_k or not swaps else 128,
         128 * 8 // gemm1.a_bits,  # 128 bytes
         4 if block_m == 128 else 1,
+        SWAP_AB=swaps,
         num_warps=8,
-        num_stages=4,
+        num_stages=8,  # or as many as fit
         family="cooperative",
     )
     tile = _fitted(_fitted(tile, gemm1, device), gemm2, device)

@@ -25,7 +25,6 @@ from .stream_parts import (
     next_stage,
     scale_of,
     share,
-    to_float32,
     wait_for_grid,
     wait_for_previous,
 )
@@ -87,6 +86,16 @@ def _stream_rows(x, hidden, routing, grid_barrier, ring, fetched, written, S: gl
             if expert_of(routing, slot, S) >= 0:
                 for k in range(0, S.intermediate_size, S.depth):
                     stage, phase = load_tile(hidden, [slot, k], stage, phase, buffers, empty, ready, S.row_stages)
+
+
+@gluon.jit
+def to_float32(x):
+    """bfloat16 by a shift and a mask of the register that holds two values, one instruction each."""
+    if x.dtype == gl.bfloat16:
+        asm: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return gl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        return x.to(gl.float32)
 
 
 @gluon.jit

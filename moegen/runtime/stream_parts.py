@@ -44,16 +44,6 @@ def wait_for_grid(word):
 
 
 @gluon.jit
-def to_float32(x):
-    """bfloat16 by a shift and a mask of the register that holds two values, one instruction each."""
-    if x.dtype == gl.bfloat16:
-        asm: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        return gl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
-    else:
-        return x.to(gl.float32)
-
-
-@gluon.jit
 def share(units, block):
     """The units of one block: as even as whole units allow."""
     blocks = gl.num_programs(0)

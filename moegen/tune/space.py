@@ -23,13 +23,14 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_stages": (2, 3, 4, 5, 6, 8),
     },
     "cooperative": {
-        "BLOCK_SIZE_M": (64, 128),
+        "BLOCK_SIZE_M": (16, 32, 64, 128),
         "BLOCK_SIZE_N": (128, 256),
         "BLOCK_SIZE_K": (128,),
         "GROUP_SIZE_M": (1, 4, 16),  # each is a kernel that compiles slowly; 8 and 64 have hardly gained beside these
+        "SWAP_AB": (False, True),
         "PDL": (False, True),
         "num_warps": (8,),
-        "num_stages": (3, 4, 5, 6),
+        "num_stages": (3, 4, 5, 6, 8),
     },
     "stream": {
         "BLOCK_SIZE_M": (1,),
@@ -43,7 +44,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
 OPS = ("gemm1", "gemm2")
 # Families that have one config for both GEMMs: one launch runs them, in "cooperative" if both have the same.
 ONE_CONFIG = ("cooperative", "stream")
-COOPERATIVE_SLOTS = 0.5  # slots per expert from which the family cooperative is plausible
+COOPERATIVE_ROWS = 256  # a multiprocessor, of all slots' w13, from which the family cooperative is plausible
 LONG_RUNS = 64  # mean slots per expert above which M blocks of one expert follow each other and GROUP_SIZE_M counts
 NEAR_RULE = 4  # how far from the rule's limit, in tokens, the other assignment is plausible
 SMALL_M, SWAPPED_M = 32, 64  # largest BLOCK_SIZE_M at which fewer warps than a warpgroup, and SWAP_AB, are plausible
@@ -185,8 +186,10 @@ def layer_space(
     if default.gemm1.family not in families:
         default = default_tiles(gemm1, gemm2, tokens, device, low_latency, portable=True)
     starts = _portable_starts(gemm1, gemm2, tokens, device, low_latency)
-    if "cooperative" in families and tokens * gemm1.top_k >= COOPERATIVE_SLOTS * gemm1.num_experts:
-        starts |= family_starts("cooperative", gemm1, gemm2, device)
+    if "cooperative" in families and tokens * gemm1.top_k * gemm1.rows >= COOPERATIVE_ROWS * device.num_sms:
+        mean = mean_slots(gemm1, tokens)
+        found = family_starts("cooperative", gemm1, gemm2, device)
+        starts |= {kind: pair for kind, pair in found.items() if mean / 2 <= kind.block_m <= max(64, 8 * mean)}
     if "stream" in families and tokens == 1:
         starts |= family_starts("stream", gemm1, gemm2, device)
     starts[kind_of(default)] = default

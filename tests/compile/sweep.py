@@ -54,6 +54,8 @@ _BROAD = TileConfig(128, 256, 128, 4, PDL=True, num_warps=8, num_stages=4, famil
 _SLIM = replace(_BROAD, BLOCK_SIZE_N=128, num_stages=6)
 _LOW = replace(_BROAD, BLOCK_SIZE_M=64)
 _SLIM_LOW = replace(_LOW, BLOCK_SIZE_N=128, num_stages=6)
+_SWAPPED = replace(_BROAD, BLOCK_SIZE_M=16, SWAP_AB=True, num_stages=6)
+_SLIM_SWAPPED = replace(_SWAPPED, BLOCK_SIZE_N=128, num_stages=8)
 
 
 def _deep(tile: TileConfig) -> TileConfig:
@@ -72,6 +74,12 @@ COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
         LayerTiles(_BROAD, _BROAD),
     ),
     "cooperative, 64 rows": ({"quant": ("fp8_w8a8:128x128",)}, LayerTiles(replace(_LOW, num_stages=5), _LOW)),
+    "cooperative, swapped": ({"quant": ("fp8_w8a8:128x128",)}, LayerTiles(_SWAPPED, _SWAPPED)),
+    "cooperative, 32 rows swapped, bias, un-gated": (
+        {"quant": ("fp8_w8a8:128x128",), "activation": "relu2_no_mul", "bias": True, "intermediate_size": 656},
+        LayerTiles(*[replace(_SWAPPED, BLOCK_SIZE_M=32, num_stages=5)] * 2),
+    ),
+    "cooperative, int8 channel, swapped": ({"quant": ("int8_w8a8:channel",)}, LayerTiles(_SLIM_SWAPPED, _SLIM_SWAPPED)),
     "cooperative, channel": ({"quant": ("fp8_w8a8:channel",)}, LayerTiles(_BROAD, _BROAD)),
     "cooperative, int8 tensor, narrow, un-gated": (
         {"quant": ("int8_w8a8:tensor",), "activation": "relu2_no_mul", "bias": True},
@@ -84,6 +92,10 @@ COOPERATIVE_CASES: dict[str, tuple[dict[str, Any], LayerTiles]] = {
         LayerTiles(_deep(_SLIM), _deep(_SLIM)),
     ),
     "cooperative, 16 bits, 64 rows": ({}, LayerTiles(_deep(replace(_LOW, num_stages=5)), _deep(_LOW))),
+    "cooperative, 16 bits, swapped, bias": (
+        {"dtypes": ("float16",), "bias": True, "hidden_size": 712, "intermediate_size": 88},
+        LayerTiles(_deep(_SLIM_SWAPPED), _deep(_SLIM_SWAPPED)),
+    ),
     "cooperative, 16 bits, 64 narrow rows": ({}, LayerTiles(_deep(_SLIM_LOW), _deep(_SLIM_LOW))),
 }
 COOPERATIVE_KERNELS = ("gemm1_cooperative", "gemm2_cooperative", "layer_cooperative")

@@ -34,12 +34,13 @@ OLDER_FOLDER = ROOT / f".triton-{OLDER}"
 WANTED = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
 GEMMS = ("gemm1", "gemm2")
 STREAM = "stream_layer"
-# Two products and their sums fill the registers of wide tiles: some addresses go to memory, outside the loop.
+# Two products and their sums fill the registers of wide tiles: a few addresses go to memory, some of them in the loop.
 MOST_SPILLS = {
     "cooperative": 16,
-    "cooperative, channel": 24,
-    "cooperative, int8, un-gated": 64,
-    "cooperative, int8 channel": 24,
+    "cooperative, 64 rows": 24,
+    "cooperative, channel": 32,
+    "cooperative, int8, un-gated": 16,
+    "cooperative, int8 channel": 32,
 }
 # Triton has no conversion from or to e4m3 on compute capability 8.0, and these schemes store or compute with it.
 NO_FP8 = {
@@ -166,10 +167,12 @@ def test_scheme_that_a_target_lacks_is_reported_by_name(tmp_path: Path, capsys: 
     spec = spec_of(**TINY, quant=("fp8_w8a8",), name="lacking")
     path.write_text(json.dumps(spec.to_dict()))
     assert main(["build", str(path), "-o", str(tmp_path), "--target", "cuda:80"]) == EXIT_TARGET
-    (line,) = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     slug = "e8_k2_h64_i64_bf16_fp8_w8a8_128x128_silu"
-    assert line.startswith(f"moegen build: {slug} _quantise_groups does not compile for cuda:80: ")
-    assert NO_FP8_REASON in line
+    assert lines
+    for line in lines:  # one for each form that token counts ask for
+        assert line.startswith(f"moegen build: {slug} _quantise_groups does not compile for cuda:80: ")
+        assert NO_FP8_REASON in line
 
 
 def test_targets_of_the_issue_are_known() -> None:

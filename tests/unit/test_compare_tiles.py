@@ -25,9 +25,14 @@ def tool() -> Any:
 @pytest.mark.parametrize(
     ("fields", "tokens", "target", "labels"),
     [
-        ({}, 1, "cuda:90", ["moegen", "portable", "cooperative 64", "cooperative 128"]),
-        ({}, 2048, "cuda:90", ["moegen", "portable", "cooperative 64"]),
-        ({"quant": ("fp8_w8a8:128x128",)}, 2048, "cuda:90", ["moegen", "portable", "cooperative 64"]),
+        ({}, 1, "cuda:90", ["moegen", "portable", *(f"cooperative {rows}" for rows in (16, 32, 64, 128))]),
+        ({}, 2048, "cuda:90", ["moegen", "portable", *(f"cooperative {rows}" for rows in (16, 32, 64))]),
+        (
+            {"quant": ("fp8_w8a8:128x128",)},
+            2048,
+            "cuda:90",
+            ["moegen", "portable", *(f"cooperative {rows}" for rows in (16, 32, 64))],
+        ),
         ({"quant": ("int4_w4a16:g128",)}, 2048, "cuda:90", ["moegen"]),
         ({"dtypes": ("float32",)}, 2048, "cuda:90", ["moegen"]),
         ({}, 2048, "cuda:100", ["moegen"]),

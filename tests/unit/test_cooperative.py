@@ -15,6 +15,7 @@ SECOND = replace(FIRST, op="gemm2", rows=2048, depth=768, gated=False)
 WIDE = TileConfig(128, 256, 128, 4, num_warps=8, num_stages=4, family="cooperative")
 NARROW = replace(WIDE, BLOCK_SIZE_N=128, num_stages=6)
 LOW = replace(WIDE, BLOCK_SIZE_M=64)
+SWAPPED = replace(WIDE, BLOCK_SIZE_M=16, SWAP_AB=True)
 PLAIN = replace(FIRST, group_k=0, group_n=0)
 DEEP = replace(WIDE, BLOCK_SIZE_K=64)
 SIXTEEN = replace(PLAIN, a_bits=16, w_bits=16)
@@ -30,9 +31,13 @@ ILLEGAL: list[tuple[TileConfig, Gemm, str]] = [
     (WIDE, replace(FIRST, interleaved=True), "family=cooperative has no interleaved gate and up rows"),
     (WIDE, replace(FIRST, rows=2 * 192), "gate and up rows share weight scales of 128 rows"),
     (WIDE, replace(FIRST, depth=2040), "rows of 2040 bytes are not the multiple of 16 that TMA needs"),
-    (replace(WIDE, SWAP_AB=True), FIRST, "SWAP_AB is not for family=cooperative"),
-    (replace(WIDE, BLOCK_SIZE_M=32), SECOND, "BLOCK_SIZE_M=32 is not the 64 or 128 of family=cooperative"),
-    (replace(LOW, BLOCK_SIZE_N=128), SECOND, "BLOCK_SIZE_N=128 is not the 256 of family=cooperative"),
+    (replace(WIDE, SWAP_AB=True), FIRST, "SWAP_AB=True is not for BLOCK_SIZE_M=128 of family=cooperative"),
+    (replace(SWAPPED, SWAP_AB=False), FIRST, "SWAP_AB=False is not for BLOCK_SIZE_M=16 of family=cooperative"),
+    (
+        replace(WIDE, BLOCK_SIZE_M=256),
+        SECOND,
+        "BLOCK_SIZE_M=256 is not the 16 or 32 or 64 or 128 of family=cooperative",
+    ),
     (replace(WIDE, BLOCK_SIZE_N=64), SECOND, "BLOCK_SIZE_N=64 is not the 128 or 256 of family=cooperative"),
     (replace(WIDE, BLOCK_SIZE_K=64), SECOND, "BLOCK_SIZE_K=64 is not the 128 of family=cooperative"),
     (replace(WIDE, num_warps=4), SECOND, "num_warps=4 is not the 8 of family=cooperative"),
@@ -54,7 +59,7 @@ def test_no_other_target_runs_it(target: str) -> None:
     assert why_illegal(WIDE, FIRST, device) == reason
 
 
-@pytest.mark.parametrize("tile", [WIDE, NARROW, LOW, replace(WIDE, num_stages=3)])
+@pytest.mark.parametrize("tile", [WIDE, NARROW, LOW, SWAPPED, replace(WIDE, num_stages=3)])
 @pytest.mark.parametrize(
     "gemm", [FIRST, SECOND, replace(SECOND, rows=720, depth=400), replace(FIRST, rows=400, gated=False)]
 )
@@ -63,7 +68,7 @@ def test_legal(tile: TileConfig, gemm: Gemm) -> None:
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("tile", [WIDE, NARROW, LOW, replace(LOW, BLOCK_SIZE_N=128)])
+@pytest.mark.parametrize("tile", [WIDE, NARROW, LOW, replace(LOW, BLOCK_SIZE_N=128), SWAPPED])
 def test_legal_without_block_scales(tile: TileConfig, gated: bool) -> None:
     assert why_illegal(tile, replace(PLAIN, gated=gated, rows=400), H200) is None
     assert why_illegal(replace(tile, BLOCK_SIZE_K=64), replace(SIXTEEN, gated=gated, rows=400, depth=88), H200) is None
@@ -74,14 +79,16 @@ def test_shared_memory() -> None:
     assert (shared_memory(WIDE, FIRST), shared_memory(WIDE, SECOND)) == (213252, 229636)
     assert (shared_memory(NARROW, FIRST), shared_memory(NARROW, SECOND)) == (213252, 229636)
     short = replace(WIDE, num_stages=3)
-    assert (shared_memory(short, FIRST), shared_memory(short, SECOND)) == (163972, 180356)
-    assert shared_memory(replace(LOW, num_stages=5), FIRST) == 214276
-    assert (shared_memory(LOW, FIRST), shared_memory(LOW, SECOND)) == (173316, 196868)
+    assert (shared_memory(short, FIRST), shared_memory(short, SECOND)) == (164100, 180484)
+    assert (shared_memory(LOW, FIRST), shared_memory(LOW, SECOND)) == (181508, 181508)
+    assert shared_memory(replace(LOW, num_stages=5), FIRST) == 222724
+    assert (shared_memory(SWAPPED, FIRST), shared_memory(SWAPPED, SECOND)) == (143876, 147972)
 
 
 def test_which_tiles_quantise_the_intermediate() -> None:
     assert quantises_hidden(WIDE, FIRST)
     assert quantises_hidden(LOW, FIRST)
+    assert quantises_hidden(SWAPPED, FIRST)
     assert not quantises_hidden(NARROW, FIRST)
 
 

@@ -215,7 +215,7 @@ def test_a_small_space_is_exhausted() -> None:
     for op in OPS:
         own = getattr(whole, op)[kind]
         few[op] = replace(own, tiles=(own.start, *own.tiles[: EXHAUSTED // 2 - 1]))
-    space = LayerSpace(16, whole.default, {kind: few["gemm1"]}, {kind: few["gemm2"]})
+    space = LayerSpace(16, whole.start(kind), {kind: few["gemm1"]}, {kind: few["gemm2"]})
     measurer = Watched(SWEEPS[16])
     search(space, measurer, effort="quick")
     assert {pair.gemm1 for pair in measurer.asked} == set(few["gemm1"].tiles)

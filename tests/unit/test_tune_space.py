@@ -60,8 +60,10 @@ def test_block_sizes_lie_around_the_mean_number_of_slots(tokens: int, sizes: tup
 
 
 @pytest.mark.parametrize("quant", ["fp8 block", "fp8", "bf16"])
-@pytest.mark.parametrize(("tokens", "sizes"), [(512, (64, 128)), (16, (64, 128)), (4, ())])
-def test_from_half_a_slot_an_expert_on_the_family_cooperative_is_tried(
+@pytest.mark.parametrize(
+    ("tokens", "sizes"), [(2048, (64, 128)), (512, (16, 32, 64, 128)), (16, (16, 32, 64)), (2, ())]
+)
+def test_where_there_are_tiles_enough_the_family_cooperative_is_tried(
     tokens: int, sizes: tuple[int, ...], quant: str
 ) -> None:
     kinds = space_of(tokens, quant).kinds
