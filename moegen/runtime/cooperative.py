@@ -69,7 +69,7 @@ def run_cooperative(
         cooperative_sizes(layer, op, call.apply_router_weight_on_input == (op == "gemm1"), tile, joined)
         for op, tile in (("gemm1", tiles.gemm1), ("gemm2", tiles.gemm2))
     ]
-    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, pdl)
+    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, pdl, beside=True)
     a = Activations(a.values.contiguous(), a.scale)  # tokens that were not quantised may have gaps between them
     scale = None
     if quantised:

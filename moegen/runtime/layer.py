@@ -134,7 +134,8 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()
     assignment: Assignment
-    if _takes_low_latency(layer, x.shape[0], tiles, call.expert_map):
+    low_latency = _takes_low_latency(layer, x.shape[0], tiles, call.expert_map)
+    if low_latency:
         # What _prepare_expert_assignment returns, less its fill launch: the kernels count the slots themselves.
         assignment = (None, call.topk_ids.view(-1), None)
         num_blocks = slots
@@ -149,7 +150,7 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     routing = (call.topk_weights, assignment, slots, num_blocks)
     on_input = call.apply_router_weight_on_input
 
-    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, tiles.gemm1.PDL)
+    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, tiles.gemm1.PDL, beside=not low_latency)
     _launch_gemm(layer, "gemm1", a, w13, hidden, routing, layer.top_k, on_input, tiles.gemm1)
     written = Slots(call.topk_ids, call.expert_map, experts, layer.local_experts)
     a = quantise(hidden, layer.scheme, w2.values.dtype, w2.input_scale, written, tiles.gemm1.PDL)

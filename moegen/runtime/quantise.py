@@ -47,12 +47,14 @@ def quantise(
     static_scale: torch.Tensor | None,
     slots: Slots | None,
     pdl: bool = False,
+    beside: bool = False,
 ) -> Activations:
     """Quantise x [rows, K] as `scheme` wants its activations; `dtype` is that of the stored weights.
 
     static_scale  float32, one value, for the kind "tensor"; None = dynamic
     slots         which rows hold values; the others are neither read nor written. None = all
     pdl           programmatic dependent launch (kernel_parts.pdl_begin)
+    beside        x is older than the launch before, which belongs to the same layer: do not wait for it, if pdl
     """
     kind = scheme.row.activation
     if kind is None:
@@ -64,7 +66,7 @@ def quantise(
     values = torch.empty_like(x) if fake else x.new_empty(x.shape, dtype=target)
     routing = slots if slots is not None else Slots()
     if scheme.kind == "tensor":
-        return _by_tensor(x, values, static_scale, routing, largest, pdl)
+        return _by_tensor(x, values, static_scale, routing, largest, pdl, beside)
     group = 32 if fake else scheme.group_k or depth
     groups = triton.cdiv(depth, group)
     scale = x.new_empty((rows, groups), dtype=torch.float32)
@@ -73,7 +75,7 @@ def quantise(
     _quantise_groups[(triton.cdiv(rows * groups, per_program),)](
         x, values, scale, *routing, rows, x.stride(0),
         LARGEST=largest, DEPTH=depth, GROUP=group, GROUP_BLOCK=group_block, GROUPS=per_program,
-        LEAST=least_maximum(scheme), UE8M0=scheme.ue8m0 or fake, FAKE=fake, PDL=pdl,
+        LEAST=least_maximum(scheme), UE8M0=scheme.ue8m0 or fake, FAKE=fake, PDL=pdl, BESIDE=beside,
         num_warps=max(4, min(8, group_block // 512)), **pdl_option(pdl),
     )  # fmt: skip
     return Activations(values, None if fake else scale)
@@ -86,6 +88,7 @@ def _by_tensor(
     routing: Slots,
     largest: float,
     pdl: bool,
+    beside: bool,
 ) -> Activations:
     rows, depth = x.shape
     scale, partial = static_scale, None
@@ -94,12 +97,13 @@ def _by_tensor(
         scale, partial = x.new_empty(1 + _TENSOR_PROGRAMS, dtype=torch.float32).split((1, _TENSOR_PROGRAMS))
         groups = 4 * _PROGRAM_VALUES // _TENSOR_GROUP  # few programs, each with many loads in flight
         _tensor_maximum[(_TENSOR_PROGRAMS,)](
-            x, partial, *routing, rows, x.stride(0), GROUPS=groups, **sizes, num_warps=8
+            x, partial, *routing, rows, x.stride(0), GROUPS=groups, BESIDE=beside, **sizes, num_warps=8
         )  # fmt: skip
+        beside = False
     groups = _PROGRAM_VALUES // _TENSOR_GROUP
     _quantise_tensor[(triton.cdiv(rows * triton.cdiv(depth, _TENSOR_GROUP), groups),)](
         x, values, scale, partial, *routing, rows, x.stride(0),
-        LARGEST=largest, PARTIALS=_TENSOR_PROGRAMS, GROUPS=groups, **sizes, num_warps=4,
+        LARGEST=largest, PARTIALS=_TENSOR_PROGRAMS, GROUPS=groups, BESIDE=beside, **sizes, num_warps=4,
     )  # fmt: skip
     return Activations(values, scale.view(1))
 
@@ -136,6 +140,25 @@ def _some_groups(
     return row.to(tl.int64), column, live, inside
 
 
+@triton.jit
+def _begin(PDL: tl.constexpr, BESIDE: tl.constexpr):
+    """kernel_parts.pdl_begin, or of a launch beside the one before the half that lets the one behind start.
+
+    What is older than the launch before was complete when that one let this one start.
+    """
+    if not BESIDE:
+        pdl_begin(PDL)
+    elif PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _end(PDL: tl.constexpr, BESIDE: tl.constexpr):
+    """The launch behind waits for this one alone, and relies on the one before as well."""
+    if PDL and BESIDE:
+        tl.extra.cuda.gdc_wait()
+
+
 @triton.jit(
     do_not_specialize=["num_experts", "num_local", "rows"],
     do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_live"],
@@ -160,9 +183,10 @@ def _quantise_groups(
     UE8M0: tl.constexpr,
     FAKE: tl.constexpr,
     PDL: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     """Program p: GROUPS groups of the rows' groups in one sequence, so that short rows fill a program too."""
-    pdl_begin(PDL)
+    _begin(PDL, BESIDE)
     index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     row, column, live, inside = _some_groups(
         index, topk_ids, expert_map, num_experts, num_local, num_live, rows, DEPTH, GROUP, GROUP_BLOCK
@@ -177,6 +201,7 @@ def _quantise_groups(
     else:
         tl.store(scale + index, step, mask=live)
         tl.store(stored, to_8_bit(scaled, LARGEST, out.dtype.element_ty), mask=inside)
+    _end(PDL, BESIDE)
 
 
 @triton.jit(
@@ -197,9 +222,10 @@ def _tensor_maximum(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     """Program p: largest magnitude of every num_programs-th block of GROUPS groups."""
-    pdl_begin(PDL)
+    _begin(PDL, BESIDE)
     largest = tl.zeros((GROUPS, GROUP), tl.float32)
     for first in range(tl.program_id(0) * GROUPS, rows * tl.cdiv(DEPTH, GROUP), tl.num_programs(0) * GROUPS):
         index = first + tl.arange(0, GROUPS)
@@ -209,6 +235,7 @@ def _tensor_maximum(
         values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0)
         largest = tl.maximum(largest, tl.abs(values.to(tl.float32)))
     tl.store(partial + tl.program_id(0), tl.max(tl.max(largest, 1), 0))
+    _end(PDL, BESIDE)
 
 
 @triton.jit(
@@ -233,9 +260,10 @@ def _quantise_tensor(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     """One scale [1] for the whole tensor, read, or made from partial maxima and written; program p: GROUPS groups."""
-    pdl_begin(PDL)
+    _begin(PDL, BESIDE)
     if partial is None:
         step = tl.load(scale)
     else:
@@ -249,3 +277,4 @@ def _quantise_tensor(
     values = tl.load(x + (row * stride)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
     rounded = to_8_bit(divide(values, step), LARGEST, out.dtype.element_ty)
     tl.store(out + (row * DEPTH)[:, None] + column, rounded, mask=inside)
+    _end(PDL, BESIDE)

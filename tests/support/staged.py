@@ -20,8 +20,8 @@ def quantisations(package: ModuleType) -> Iterator[list[tuple[torch.Tensor, Any]
     module, seen = package.runtime.layer, []
     original = module.quantise
 
-    def recording(x: torch.Tensor, *rest: Any) -> Any:
-        seen.append((x, original(x, *rest)))
+    def recording(x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append((x, original(x, *rest, **options)))
         return seen[-1][1]
 
     module.quantise = recording

@@ -105,7 +105,7 @@ def _record_layer(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Simpl
     module = package.runtime.layer
     record = SimpleNamespace(aligned=[], gemms=(Recorder(), Recorder()))
     monkeypatch.setattr(module, "align_into", lambda *args, **_: record.aligned.append(args))
-    monkeypatch.setattr(module, "quantise", lambda x, *_: module.Activations(x, None))
+    monkeypatch.setattr(module, "quantise", lambda x, *_, **__: module.Activations(x, None))
     monkeypatch.setattr(module, "top_k_reduce", lambda *_args, **_options: None)
     monkeypatch.setattr(layer.kernels, "gemm1", record.gemms[0])
     monkeypatch.setattr(layer.kernels, "gemm2", record.gemms[1])
