@@ -103,7 +103,7 @@ def _slots(routing, first, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _await_rows(done, pid_m, ARRIVALS: gl.constexpr):
-    """Until gemm1's consumers have finished a block of rows, which TMA may then read."""
+    """Until gemm1's consumers have finished a block of rows, which TMA may then read; L1 forgets what it had there."""
     while load_acquire(done + pid_m) < ARRIVALS:
         pass
     asm("fence.proxy.async")
