@@ -7,6 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moegen.runtime.quantise import _quantise_groups
 from tests.support.aot_cases import AOT_CASES, AotCase
 
 TARGETS = (
@@ -37,3 +38,21 @@ def test_compiles(case: AotCase, target: GPUTarget) -> None:
     compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
     assert compiled.metadata.shared <= 48 * 1024  # small enough to run beside a GEMM on any GPU
     assert ("hsaco" if target.backend == "hip" else "cubin") in compiled.asm
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_launch_beside_the_one_before_waits_at_its_end(beside: bool) -> None:
+    """Then it triggers first; any other waits before it triggers and before it reads."""
+    types = {"x": "*bf16", "out": "*fp8e4nv", "scale": "*fp32"}
+    fixed: dict[str, object] = dict.fromkeys(("topk_ids", "expert_map", "num_live"))
+    fixed |= {"LARGEST": 448.0, "DEPTH": 2048, "GROUP": 128, "GROUP_BLOCK": 128, "GROUPS": 16, "LEAST": 1e-10}
+    fixed |= {"UE8M0": False, "FAKE": False, "PDL": True, "BESIDE": beside}
+    names = _quantise_groups.arg_names
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    source = ASTSource(_quantise_groups, signature, constexprs=fixed)
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    wait, trigger = (text.index(f"griddepcontrol.{name}") for name in ("wait", "launch_dependents"))
+    if beside:
+        assert trigger < text.index("ld.global") < text.rindex("st.global") < wait
+    else:
+        assert wait < trigger < text.index("ld.global")

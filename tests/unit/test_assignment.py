@@ -100,12 +100,19 @@ class Recorder:
 
 
 def _record_layer(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Replace everything that `run` launches; `aligned` counts sorts, `gemms` holds both recorders."""
+    """Replace everything that `run` launches; `aligned` counts sorts, `gemms` holds both recorders, `beside` says which
+    quantisers do not wait.
+    """
     layer = package.LAYERS[0]
     module = package.runtime.layer
-    record = SimpleNamespace(aligned=[], gemms=(Recorder(), Recorder()))
+    record = SimpleNamespace(aligned=[], gemms=(Recorder(), Recorder()), beside=[])
+
+    def quantise(x: torch.Tensor, *_: object, beside: bool = False) -> Any:
+        record.beside.append(beside)
+        return module.Activations(x, None)
+
     monkeypatch.setattr(module, "align_into", lambda *args, **_: record.aligned.append(args))
-    monkeypatch.setattr(module, "quantise", lambda x, *_, **__: module.Activations(x, None))
+    monkeypatch.setattr(module, "quantise", quantise)
     monkeypatch.setattr(module, "top_k_reduce", lambda *_args, **_options: None)
     monkeypatch.setattr(layer.kernels, "gemm1", record.gemms[0])
     monkeypatch.setattr(layer.kernels, "gemm2", record.gemms[1])
@@ -150,6 +157,8 @@ def test_run_takes_the_shortcut(
     tiles = configs.tiles(layer, tokens, call.expert_map, device, portable=True)
     runtime.layer.run(layer, call, tiles)
     assert len(record.aligned) == (0 if low_latency else 1)
+    # x is older than the assignment, but not than the layer, and `hidden` is gemm1's.
+    assert record.beside == [not low_latency, False]
     for gemm in record.gemms:
         ((grid, args, constants),) = gemm.launches
         sorted_token_ids, expert_ids = args[5], args[6]
