@@ -1,4 +1,4 @@
-"""The family "cooperative" (cooperative_kernel.py): two groups of warps share a tile, a third one loads.
+"""The family "cooperative" (cooperative_kernel.py): two groups of warps share a tile or alternate, a third one loads.
 
 gemm1 gathers the tokens and leaves `hidden` in the order of the aligned assignment, less its padding, so that gemm2
 reads blocks of rows. A block's last rows may be the next expert's: what is made of those is not stored.

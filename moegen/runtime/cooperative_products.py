@@ -145,7 +145,7 @@ def multiply_groups(routing, scales, expert, slots, row, column, ring, place, ow
     # Of rows that appear while the kernel runs: once they are there, and past L1, which may hold lines of before.
     AWAITS_ROWS: gl.constexpr = S.joined and not S.gathers
     FRESH: gl.constexpr = ".cg" if AWAITS_ROWS else ""
-    # Loaded steps ahead: a load takes longer than a step whose stage is full.
+    # Loaded steps ahead: a load takes longer than a step whose stage is full. What is not used below costs nothing.
     now = _weight_scales(scales[1], expert, column, 0, S)
     soon = _weight_scales(scales[1], expert, column, 1, S)
     later = _weight_scales(scales[1], expert, column, 2, S)

@@ -38,13 +38,13 @@ def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts
     """
     slots, mean = tokens * gemm1.top_k, mean_slots(gemm1, tokens)
     enough = slots * gemm1.rows >= 480 * device.num_sms  # nearly two tiles of 256 rows a multiprocessor
-    wide = mean >= 48
+    few, wide = mean <= (10 if gemm1.is_w8a8 else 6), mean >= 48
     if gemm1.group_k:
         faster = enough
     elif gemm1.is_w8a8:
         faster, wide = mean >= 32 or (enough and gemm2.depth < 8192), mean >= (64 if gemm2.depth >= 1024 else 128)
-    elif mean <= 6 and gemm2.depth < 8192:
-        return 16 if enough else 0
+    elif few and gemm2.depth < 8192:
+        faster = enough
     elif gemm2.depth <= 384:
         faster = True
     elif gemm2.depth <= 1024:
@@ -55,8 +55,10 @@ def _cooperative_rows(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts
         faster = 512 <= mean <= 1024
     if not faster:
         return 0
+    if few:
+        return 16
     if gemm1.is_w8a8 and mean <= 20:
-        return 16 if mean <= 10 else 32
+        return 32
     return 128 if wide else 64
 
 

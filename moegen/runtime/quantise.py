@@ -59,6 +59,7 @@ def quantise(
     kind = scheme.row.activation
     if kind is None:
         return Activations(x, None)
+    beside = beside and pdl  # or the same kernel would be compiled twice
     rows, depth = x.shape
     fake = kind == "mxfp8"  # computed in 16 bit on GPUs without a 4-bit by 8-bit product: only the rounding is kept
     target = torch.int8 if kind == "int8" else torch.float8_e4m3fn if fake else dtype
