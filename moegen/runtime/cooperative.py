@@ -15,7 +15,7 @@ from .align_kernels import NUM_TICKETS
 from .cooperative_sizes import CooperativeSizes, joins, quantises_hidden
 from .descriptors import descriptor, descriptor_base, multiprocessors
 from .kernel_parts import pdl_option
-from .quantise import Activations, Slots, quantise
+from .quantise import Activations, Room, Slots, quantise
 from .reduce import top_k_reduce
 from .tile import LayerTiles, TileConfig
 from .weight import scale_bytes
@@ -58,9 +58,17 @@ def cooperative_sizes(layer: "Layer", op: str, weighted: bool, tile: TileConfig,
 
 
 def run_cooperative(
-    layer: "Layer", call: "Call", tiles: LayerTiles, assignment: SortedSlots, counters: torch.Tensor, experts: int
+    layer: "Layer",
+    call: "Call",
+    tiles: LayerTiles,
+    assignment: SortedSlots,
+    counters: torch.Tensor,
+    experts: int,
+    room: Room | None,
 ) -> None:
-    """`layer.run` after the aligned assignment, for tile configs of this family; counters: those of align_into."""
+    """`layer.run` after the aligned assignment, for tile configs of this family; counters: those of align_into, room:
+    that of quantise.
+    """
     x, w13, w2, pdl = call.hidden_states, call.w13, call.w2, tiles.gemm1.PDL
     slots, columns = call.topk_ids.numel(), layer.intermediate_size
     gemm1 = layer.gemm("gemm1")
@@ -69,7 +77,7 @@ def run_cooperative(
         cooperative_sizes(layer, op, call.apply_router_weight_on_input == (op == "gemm1"), tile, joined)
         for op, tile in (("gemm1", tiles.gemm1), ("gemm2", tiles.gemm2))
     ]
-    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, pdl, beside=True)
+    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, pdl, room)
     a = Activations(a.values.contiguous(), a.scale)  # tokens that were not quantised may have gaps between them
     scale = None
     if quantised:

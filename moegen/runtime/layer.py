@@ -13,7 +13,7 @@ from .assignment import low_latency_applies
 from .cooperative import run_cooperative
 from .kernel_parts import pdl_option
 from .quant import Scheme
-from .quantise import Activations, Slots, quantise
+from .quantise import Activations, Slots, new_room, quantise
 from .reduce import reduce_launch_key, top_k_reduce
 from .stream import run_stream
 from .tile import Gemm, LayerTiles, TileConfig
@@ -109,7 +109,7 @@ def _takes_low_latency(layer: Layer, tokens: int, tiles: LayerTiles, expert_map:
 def launch_key(layer: Layer, tokens: int, tiles: LayerTiles, expert_map: torch.Tensor | None) -> tuple[object, ...]:
     """Equal for two token counts iff they run the same compiled kernels."""
     if tiles.gemm1.family == "stream":
-        return (tiles,)
+        return tiles, tokens
     reduce_key = reduce_launch_key(tokens, layer.hidden_size, layer.dtype.itemsize)
     if tiles.gemm1.family == "portable" and _takes_low_latency(layer, tokens, tiles, expert_map):
         return tiles, reduce_key, None
@@ -126,15 +126,17 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     if tiles.gemm1.family == "stream":
         run_stream(layer, call, tiles.gemm1)
         return
+    x, w13, w2 = call.hidden_states, call.w13, call.w2
     if tiles.gemm1.family == "cooperative":
+        room = new_room(x, layer.scheme, w13.values.dtype, w13.input_scale)
         aligned, (first_rows, counters) = _align(layer, call, tiles.gemm1)
         experts = _aligned_experts(layer, call.expert_map)
-        run_cooperative(layer, call, tiles, (*aligned, first_rows), counters, experts)
+        run_cooperative(layer, call, tiles, (*aligned, first_rows), counters, experts, room)
         return
-    x, w13, w2 = call.hidden_states, call.w13, call.w2
     slots = call.topk_ids.numel()
     assignment: Assignment
     low_latency = _takes_low_latency(layer, x.shape[0], tiles, call.expert_map)
+    room = None if low_latency else new_room(x, layer.scheme, w13.values.dtype, w13.input_scale)
     if low_latency:
         # What _prepare_expert_assignment returns, less its fill launch: the kernels count the slots themselves.
         assignment = (None, call.topk_ids.view(-1), None)
@@ -150,7 +152,7 @@ def run(layer: Layer, call: Call, tiles: LayerTiles) -> None:
     routing = (call.topk_weights, assignment, slots, num_blocks)
     on_input = call.apply_router_weight_on_input
 
-    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, tiles.gemm1.PDL, beside=not low_latency)
+    a = quantise(x, layer.scheme, w13.values.dtype, w13.input_scale, None, tiles.gemm1.PDL, room)
     _launch_gemm(layer, "gemm1", a, w13, hidden, routing, layer.top_k, on_input, tiles.gemm1)
     written = Slots(call.topk_ids, call.expert_map, experts, layer.local_experts)
     a = quantise(hidden, layer.scheme, w2.values.dtype, w2.input_scale, written, tiles.gemm1.PDL)

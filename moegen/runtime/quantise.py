@@ -18,6 +18,7 @@ from .weight import FP8_MAX, INT8_MAX
 
 _PROGRAM_VALUES = 2048  # 16 a thread of four warps: two 16-byte loads of 16-bit values are in flight
 _TENSOR_PROGRAMS = 512  # partial maxima of a whole-tensor scale; every program of the second launch reads them all
+_FAKE_GROUP = 32  # of mxfp8
 _TENSOR_GROUP = 128  # columns that a program takes at a time of a row, where one scale covers the whole tensor
 
 
@@ -26,6 +27,13 @@ class Activations(NamedTuple):
 
     values: torch.Tensor
     scale: torch.Tensor | None
+
+
+class Room(NamedTuple):
+    """Memory for Activations; `scale` may have room for more than scales."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
 
 
 class Slots(NamedTuple):
@@ -40,6 +48,22 @@ class Slots(NamedTuple):
     num_live: torch.Tensor | None = None
 
 
+def new_room(x: torch.Tensor, scheme: Scheme, dtype: torch.dtype, static_scale: torch.Tensor | None) -> Room | None:
+    """Memory for what `quantise` makes of x: values, and as many scales and partial maxima as it writes; or None."""
+    kind = scheme.row.activation
+    if kind is None:
+        return None
+    if kind == "mxfp8":  # computed in 16 bit on GPUs without a 4-bit by 8-bit product: only the rounding is kept
+        values, group = torch.empty_like(x), _FAKE_GROUP
+    else:
+        values, group = x.new_empty(x.shape, dtype=torch.int8 if kind == "int8" else dtype), scheme.group_k
+    if scheme.kind == "tensor":
+        scales = 0 if static_scale is not None else 1 + _TENSOR_PROGRAMS
+        return Room(values, x.new_empty(scales, dtype=torch.float32))
+    groups = triton.cdiv(x.shape[1], group or x.shape[1])
+    return Room(values, x.new_empty((x.shape[0], groups), dtype=torch.float32))
+
+
 def quantise(
     x: torch.Tensor,
     scheme: Scheme,
@@ -47,30 +71,30 @@ def quantise(
     static_scale: torch.Tensor | None,
     slots: Slots | None,
     pdl: bool = False,
-    beside: bool = False,
+    room: Room | None = None,
 ) -> Activations:
     """Quantise x [rows, K] as `scheme` wants its activations; `dtype` is that of the stored weights.
 
     static_scale  float32, one value, for the kind "tensor"; None = dynamic
     slots         which rows hold values; the others are neither read nor written. None = all
     pdl           programmatic dependent launch (kernel_parts.pdl_begin)
-    beside        x is older than the launch before, which belongs to the same layer: do not wait for it, if pdl
+    room          that of `new_room`, if it and x are older than the launch before, which belongs to the same layer: if
+                  pdl, this one does not wait for it. torch may fill new memory by a kernel of its own
     """
     kind = scheme.row.activation
-    if kind is None:
+    beside = pdl and room is not None  # without pdl the same kernel would be compiled twice
+    room = room or new_room(x, scheme, dtype, static_scale)
+    if room is None:
         return Activations(x, None)
-    beside = beside and pdl  # or the same kernel would be compiled twice
+    values, scale = room
     rows, depth = x.shape
-    fake = kind == "mxfp8"  # computed in 16 bit on GPUs without a 4-bit by 8-bit product: only the rounding is kept
-    target = torch.int8 if kind == "int8" else torch.float8_e4m3fn if fake else dtype
-    largest = INT8_MAX if kind == "int8" else FP8_MAX[target]
-    values = torch.empty_like(x) if fake else x.new_empty(x.shape, dtype=target)
+    fake = kind == "mxfp8"
+    largest = INT8_MAX if kind == "int8" else FP8_MAX[torch.float8_e4m3fn if fake else dtype]
     routing = slots if slots is not None else Slots()
     if scheme.kind == "tensor":
-        return _by_tensor(x, values, static_scale, routing, largest, pdl, beside)
-    group = 32 if fake else scheme.group_k or depth
+        return _by_tensor(x, room, static_scale, routing, largest, pdl, beside)
+    group = _FAKE_GROUP if fake else scheme.group_k or depth
     groups = triton.cdiv(depth, group)
-    scale = x.new_empty((rows, groups), dtype=torch.float32)
     group_block = triton.next_power_of_2(group)
     per_program = max(1, _PROGRAM_VALUES // group_block)
     _quantise_groups[(triton.cdiv(rows * groups, per_program),)](
@@ -84,7 +108,7 @@ def quantise(
 
 def _by_tensor(
     x: torch.Tensor,
-    values: torch.Tensor,
+    room: Room,
     static_scale: torch.Tensor | None,
     routing: Slots,
     largest: float,
@@ -92,10 +116,10 @@ def _by_tensor(
     beside: bool,
 ) -> Activations:
     rows, depth = x.shape
-    scale, partial = static_scale, None
+    values, scale, partial = room.values, static_scale, None
     sizes = {"DEPTH": depth, "GROUP": _TENSOR_GROUP, "PDL": pdl, **pdl_option(pdl)}
     if scale is None:
-        scale, partial = x.new_empty(1 + _TENSOR_PROGRAMS, dtype=torch.float32).split((1, _TENSOR_PROGRAMS))
+        scale, partial = room.scale.split((1, _TENSOR_PROGRAMS))
         groups = 4 * _PROGRAM_VALUES // _TENSOR_GROUP  # few programs, each with many loads in flight
         _tensor_maximum[(_TENSOR_PROGRAMS,)](
             x, partial, *routing, rows, x.stride(0), GROUPS=groups, BESIDE=beside, **sizes, num_warps=8
