@@ -95,8 +95,10 @@ def _tiles(path: Path, key: str, entry: object, layer: Layer, device: DeviceFact
     if tiles["gemm1"].family != tiles["gemm2"].family:
         names = f"{tiles['gemm1'].family} and {tiles['gemm2'].family}"
         raise RecordError(f"{path}: buckets.{key}: family of gemm1 and gemm2 are {names}; allowed: one value")
-    if tiles["gemm1"].family == "stream" and (key != "1" or tiles["gemm1"] != tiles["gemm2"]):
-        raise RecordError(f"{path}: buckets.{key}: family=stream is for bucket 1, with one tile config for both GEMMs")
+    stream = tiles["gemm1"].family == "stream"
+    if stream and (key != str(tiles["gemm1"].BLOCK_SIZE_M) or tiles["gemm1"] != tiles["gemm2"]):
+        allowed = "in the bucket of its BLOCK_SIZE_M, with one tile config for both GEMMs"
+        raise RecordError(f"{path}: buckets.{key}: family=stream is not allowed; allowed: {allowed}")
     low_latency = entry.get("low_latency") if isinstance(entry, dict) else None
     if low_latency is not None and (type(low_latency) is not bool or tiles["gemm1"].family != "portable"):
         allowed = "true or false" if tiles["gemm1"].family == "portable" else "nothing, its family has one assignment"

@@ -29,8 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .cooperative_finish import finish, router_weights
 from .cooperative_products import FIRST_TURN, multiply, multiply_groups, skip
+from .gluon_parts import asm, block_barrier, load_acquire, next_stage, wait_for_previous
 from .kernel_parts import tile_order
-from .stream_parts import asm, block_barrier, load_acquire, next_stage, wait_for_previous
 
 _LAG: gl.constexpr = gl.constexpr(2)  # steps between asking for tokens and announcing them
 # Registers a thread. With 240 and 24 the compiler overlaps a consumer's products and spills.

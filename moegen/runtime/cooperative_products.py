@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from .cooperative_finish import GROUP, along_tokens, columns_of, rows_of
 from .decode import decode_scale
-from .stream_parts import asm, next_stage
+from .gluon_parts import asm, next_stage
 
 # For `_product`; Triton takes the first few barriers of a block.
 FIRST_TURN: gl.constexpr = gl.constexpr("8, 256")

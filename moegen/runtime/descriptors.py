@@ -14,9 +14,9 @@ _UNKNOWN_GPU = 2  # programs of a launch without a GPU, which is only compiled
 
 
 def readable_by_tma(call: "Call") -> bool:
-    """Whether the addresses of weights and tokens, and the strides of weights, are as descriptors need them.
+    """Whether the addresses and strides of weights are as descriptors need them, and tokens begin like that, too.
 
-    Tokens are read so by the family "stream" alone, which has one of them, hence no stride.
+    Tokens are read by ordinary loads, but of 16 bytes each.
     """
     weights = (call.w13.values, call.w2.values)
     return all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in (*weights, call.hidden_states)) and all(

@@ -5,6 +5,8 @@ from dataclasses import replace
 from .device import DeviceFacts
 from .tile import Gemm, LayerTiles, TileConfig, shared_memory, why_illegal_pair
 
+_BLOCK_BYTES = 1024  # of a multiprocessor's shared memory, that every block takes beside its own
+
 
 def default_tiles(
     gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool, portable: bool = False
@@ -21,10 +23,13 @@ def default_tiles(
 def _special_tiles(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> LayerTiles | None:
     """Those of a family that is faster than the portable one for `tokens` tokens, if there is one.
 
-    "stream" gains 7 to 90 % at one token, "cooperative" up to 90 % with block scales and up to 25 % without.
+    "stream" gains 1 to 90 % at one token and up to 25 % at two, "cooperative" up to 90 % with block scales and up to
+    25 % without.
     """
-    if tokens == 1:
-        return family_tiles("stream", gemm1, gemm2, 1, device)
+    if _streams(gemm1, tokens):
+        tiles = family_tiles("stream", gemm1, gemm2, tokens, device)
+        if tiles and (tokens != 2 or _two_fit(tiles.gemm1, gemm1, gemm2, device)):
+            return tiles
     block_m = _cooperative_rows(gemm1, gemm2, tokens, device)
     return family_tiles("cooperative", gemm1, gemm2, block_m, device) if block_m else None
 
@@ -68,22 +73,37 @@ def family_tiles(family: str, gemm1: Gemm, gemm2: Gemm, block_m: int, device: De
     return None if why_illegal_pair(tiles, gemm1, gemm2, device) else tiles
 
 
-def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:
-    """Low tiles, for even shares, unless a block has many or rows of w2 do not fill them.
+def _streams(gemm1: Gemm, tokens: int) -> bool:
+    """Whether "stream" may be faster: experts that several tokens share are read for each of them."""
+    return tokens <= 2 or (tokens == 4 and gemm1.group_k > 0 and 16 * gemm1.top_k <= gemm1.num_experts)
 
-    From up to nine tiles for each of six shapes in bf16 and three in block fp8 on an H200
-    (docs/results/experiments/h200-tiles-of-one-and-four-tokens.csv) and the records in tuned_configs/.
+
+def _two_fit(tile: TileConfig, gemm1: Gemm, gemm2: Gemm, device: DeviceFacts) -> bool:
+    """Whether a multiprocessor has room for two blocks: then the next launch's wait there while this one ends."""
+    memory = max(shared_memory(tile, gemm) for gemm in (gemm1, gemm2))
+    return 2 * (memory + _BLOCK_BYTES) <= device.shared_memory + _BLOCK_BYTES
+
+
+def _stream_tiles(gemm1: Gemm, gemm2: Gemm, block_m: int, device: DeviceFacts) -> LayerTiles:
+    """Low tiles, for even shares, unless a block has many; as many stages as leave room for the next launch.
+
+    From up to nine tiles for each of nine layers on an H200 (docs/results/experiments/h200-stream-on-tensor-cores.txt)
+    and the records in tuned_configs/.
     """
-    quantised, many = gemm1.is_w8a8, gemm1.top_k * gemm1.rows > 32 * 4 * device.num_sms
-    if gemm2.depth <= 256 or (many and not quantised):
-        rows, depth, warps, stages = 32, 256, 8, 6
-    elif many or not gemm1.gated:
-        rows, depth, warps, stages = (32, 512, 8, 5) if quantised else (32, 256, 4, 6)
-    elif quantised:
-        rows, depth, warps, stages = (16, 512, 4, 8) if gemm2.depth <= 512 else (16, 512, 8, 11)
+    many = gemm1.top_k * gemm1.rows > 32 * 4 * device.num_sms
+    if many:
+        rows, depth, warps, stages = 32, 512 * 8 // gemm1.w_bits, 4, 5
+    elif gemm1.is_w8a8 and block_m == 1:
+        rows, depth, warps, stages = 16, 1024, 8, 5
+    elif gemm1.is_w8a8:
+        rows, depth, warps, stages = (16, 512, 4, 8) if block_m == 2 else (32, 512, 4, 5)
     else:
-        rows, depth, warps, stages = 16, 512, 4, 6
+        rows, depth, warps, stages = 16, 512, 4, 5
+    if not gemm1.gated:
+        rows = 32
     tile = TileConfig(block_m, rows, depth, PDL=device.has_pdl, num_warps=warps, num_stages=stages, family="stream")
+    fitting = (replace(tile, num_stages=count) for count in range(stages, 3 * stages // 5 - 1, -1))
+    tile = next((one for one in fitting if _two_fit(one, gemm1, gemm2, device)), tile)
     return LayerTiles(tile, tile)
 
 

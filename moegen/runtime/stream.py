@@ -1,4 +1,4 @@
-"""The family "stream", a layer of one token in one launch (stream_kernel.py, stream_w8a8.py): scratch and launch."""
+"""The family "stream", a layer of few tokens in one launch (stream_kernel.py): scratch and launch."""
 
 import functools
 import threading
@@ -9,7 +9,7 @@ import torch
 from .descriptors import descriptor, descriptor_base, multiprocessors
 from .kernel_parts import pdl_option
 from .quantise import least_maximum
-from .stream_sizes import StreamSizes
+from .stream_sizes import PART_BYTES, StreamSizes
 from .tile import TileConfig
 from .weight import scale_bytes
 
@@ -22,17 +22,19 @@ _WORDS, _WORD_STRIDE = 1 << 18, 8  # barrier words of a GPU, and int32 values fr
 _REGISTERS = {4: 128, 8: 80}
 
 
-def stream_sizes(layer: "Layer", tile: TileConfig, weight_on_input: bool) -> StreamSizes:
+def stream_sizes(layer: "Layer", tile: TileConfig, tokens: int, weight_on_input: bool) -> StreamSizes:
     """What the kernel of a layer is compiled for."""
     return StreamSizes(
         num_experts=layer.num_experts,
         local_experts=layer.local_experts,
+        tokens=tokens,
         top_k=layer.top_k,
         hidden_size=layer.hidden_size,
         intermediate_size=layer.intermediate_size,
         gated=layer.activation.gated,
         interleaved=layer.activation.interleaved,
         weight_on_input=weight_on_input,
+        value_bytes=layer.gemm("gemm1").a_bits // 8,
         quantised=layer.scheme.row.activation is not None,
         group_n=layer.scheme.group_n,
         group_k=layer.scheme.group_k,
@@ -88,33 +90,29 @@ def barrier_words(device: torch.device) -> BarrierWords:
 
 
 @functools.cache
-def _kernel(quantised: bool) -> Any:  # noqa: ANN401 - a Gluon function has no Python type
+def _kernel() -> Any:  # noqa: ANN401 - a Gluon function has no Python type
     # Imported where it is used: nothing of Gluon is needed, nor has to exist, on other GPUs.
-    if quantised:
-        from .stream_w8a8 import stream_layer_w8a8
-
-        return stream_layer_w8a8
     from .stream_kernel import stream_layer
 
     return stream_layer
 
 
 def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
-    """`layer.run` for tile configs of this family: one token, with or without an expert_map."""
+    """`layer.run` for tile configs of this family: few tokens, with or without an expert_map."""
     x, w13, w2 = call.hidden_states, call.w13, call.w2
-    sizes = stream_sizes(layer, tile, call.apply_router_weight_on_input)
-    hidden = x.new_empty((layer.top_k, layer.intermediate_size))
-    rows: tuple[Any, ...]  # where activations and, of 8-bit weights, scales are read from
-    if sizes.quantised:
-        rows = (scale_bytes(w13.scale), scale_bytes(w2.scale), w13.input_scale, w2.input_scale, x)
-    else:
-        rows = (_row_descriptor(x, sizes), _row_descriptor(hidden, sizes))
-    _kernel(sizes.quantised)[(multiprocessors(x),)](
-        _weight_descriptor(w13.values, x, sizes, sizes.interleaved),
+    sizes = stream_sizes(layer, tile, x.shape[0], call.apply_router_weight_on_input)
+    hidden = x.new_empty((x.shape[0] * layer.top_k, layer.intermediate_size))
+    _kernel()[(multiprocessors(x),)](
+        _weight_descriptor(w13.values, x, sizes, True),
         _weight_descriptor(w2.values, x, sizes, False),
-        *rows,
+        scale_bytes(w13.scale),
+        scale_bytes(w2.scale),
+        w13.input_scale,
+        w2.input_scale,
+        x.contiguous(),
         hidden,
         call.out,
+        call.out.stride(0),
         w13.bias,
         w2.bias,
         call.topk_weights,
@@ -130,15 +128,21 @@ def run_stream(layer: "Layer", call: "Call", tile: TileConfig) -> None:
     )
 
 
-def _weight_descriptor(w: torch.Tensor, x: torch.Tensor, sizes: StreamSizes, interleaved: bool) -> Any:  # noqa: ANN401
-    """[E, 2, rows / 2, K] of a weight [E, rows, K]: gate and up rows, or the first and the second half."""
+def _weight_descriptor(w: torch.Tensor, x: torch.Tensor, sizes: StreamSizes, first_gemm: bool) -> Any:  # noqa: ANN401
+    """[E, 2, rows / 2, K] of a weight [E, rows, K]: gate and up rows, or the first and the second half.
+
+    K is parts and their values, if rows end with a part.
+    """
     experts, rows, depth = w.shape
     per_expert, per_row = w.stride(0), w.stride(1)
-    strides = [per_expert, per_row, 2 * per_row, 1] if interleaved else [per_expert, rows // 2 * per_row, per_row, 1]
-    shape, block = [experts, 2, rows // 2, depth], [1, 2, sizes.columns, sizes.depth]
-    return descriptor(descriptor_base(w, x), shape, strides, block)
-
-
-def _row_descriptor(rows: torch.Tensor, sizes: StreamSizes) -> Any:  # noqa: ANN401
-    count, length = rows.shape
-    return descriptor(rows, [count, length], [length, 1], [1, sizes.depth])
+    if first_gemm and sizes.interleaved:
+        strides = [per_expert, per_row, 2 * per_row]
+    else:
+        strides = [per_expert, rows // 2 * per_row, per_row]
+    shape, block = [experts, 2, rows // 2], [1, 2, sizes.columns]
+    if sizes.whole:
+        shape, strides = [*shape, depth // sizes.part, sizes.part], [*strides, sizes.part, 1]
+        block = [*block, sizes.step1 if first_gemm else sizes.step2, sizes.part]
+    else:
+        shape, strides, block = [*shape, depth], [*strides, 1], [*block, sizes.part]
+    return descriptor(descriptor_base(w, x), shape, strides, block, PART_BYTES)

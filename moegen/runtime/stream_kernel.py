@@ -1,10 +1,13 @@
-"""The kernel of the family "stream": a whole layer of one token in one launch, bound by reading the weights.
+"""The kernel of the family "stream": a whole layer of few tokens in one launch, bound by reading the weights.
 
-One block a multiprocessor. In it one warp loads weight tiles by TMA into a ring of shared-memory stages, one warp loads
-the activations that go with them, and the other warps multiply. The weights of gemm2 do not depend on gemm1, so their
-tiles follow those of gemm1 in the same ring without a pause, while a barrier over the grid waits until `hidden` is
-complete. A weight meets one token, so the products run on the ordinary cores in float32: a tile is as low as balance
-between blocks wants it, which tensor cores do not allow.
+One block a multiprocessor. In it one warp loads weight tiles by TMA into a ring of shared-memory stages, one warp waits
+at the barrier over the grid, and before that gathers scales (stream_scales.py), and the other warps multiply. The
+weights of gemm2 do not depend on gemm1, so their tiles follow those of gemm1 in the same ring without a pause, until
+`hidden` is complete. Every block has x, then all of `hidden`, in its shared memory (stream_rows.py).
+
+A tile is a few rows of the weight, as low as balance between blocks wants it, and the tensor cores take no less than 64
+rows and 8 columns. So its rows are cut into parts of 128 bytes, each a row of the product, and the activations into
+parts as well, each a column: of a row's products that one counts where both are the same part.
 
 A *strip* is the rows of a weight that one tile covers. gemm1's units are (slot, strip); those of gemm2 are the strips
 alone: a block sums its strip of the output over all slots, in their order, so that nothing is left to reduce and two
@@ -13,117 +16,189 @@ runs give the same bits. Gluon, hence imported only where the family runs (moege
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-
-from .stream_parts import (
-    asm,
-    block_barrier,
-    end_reads,
-    expert_of,
-    fetch_descriptors,
-    load_tile,
-    next_stage,
-    scale_of,
-    share,
-    wait_for_grid,
-    wait_for_previous,
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
-LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)  # a thread of the two warps that load
+from .gluon_parts import asm, block_barrier, load_acquire, next_stage, wait_for_previous
+from .stream_parts import PLAIN, buffers_of, expert_of, fetch_descriptors, item, load_parts, share, wait_for_grid
+from .stream_rows import copy_rows, load_segment, quantise_rows, weigh_parts
+from .stream_scales import entries_of, gather_scales, new_table
+
+# A thread of the two warps that do not multiply.
+_LOADER_REGISTERS: gl.constexpr = gl.constexpr(24)
+_GATHERER_REGISTERS: gl.constexpr = gl.constexpr(56)
 
 
 @gluon.jit
-def stream_weights(w13, w2, routing, ring, fetched, S: gl.constexpr):
+def _stream_weights(w13, w2, routing, ring, fetched, S: gl.constexpr):
     """Every weight tile of this block, in the order in which `_multiply` takes them."""
-    OUTSIDE: gl.constexpr = S.outside
-    buffers, empty, ready = ring
-    fetch_descriptors(w13, w2, [0, 0, 0, OUTSIDE], fetched, buffers.index(0))
+    LOADS1: gl.constexpr = S.parts // S.step1
+    LOADS2: gl.constexpr = S.parts // S.step2
+    tiles, empty, ready = ring
+    buffers1 = buffers_of(w13, tiles)
+    buffers2 = buffers_of(w2, tiles)
+    fetch_descriptors(w13, w2, fetched, buffers1, buffers2, S)
     wait_for_previous(S.pdl)
     mbarrier.wait(fetched, 0)
     stage = 0
     phase = 1
-    first, last = share(S.top_k * S.strips1, gl.program_id(0))
+    first, last = share(S.units1, gl.program_id(0))
     for unit in range(first, last):
         expert = expert_of(routing, unit // S.strips1, S)
         if expert >= 0:
             row = unit % S.strips1 * S.columns
-            for k in range(0, S.hidden_size, S.depth):
-                stage, phase = load_tile(w13, [expert, 0, row, k], stage, phase, buffers, empty, ready, S.stages)
+            for tile in range(S.chunks1):
+                mbarrier.wait(empty.index(stage), phase)
+                bar = ready.index(stage)
+                for load in gl.static_range(LOADS1):
+                    part = tile * S.parts + load * S.step1
+                    load_parts(w13, True, expert, row, part, bar, buffers1.index(stage * LOADS1 + load), S)
+                if S.loads > LOADS1:
+                    mbarrier.arrive(bar, count=S.loads - LOADS1)
+                stage, phase = next_stage(stage, phase, S.stages)
     # From the other end: the blocks with the larger share of gemm1 get the smaller one of gemm2.
-    first, last = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))
+    first, last = share(S.units2, gl.num_programs(0) - 1 - gl.program_id(0))
     for unit in range(first, last):
-        for slot in range(S.top_k):
-            expert = expert_of(routing, slot, S)
-            if expert >= 0:
-                row = unit * S.columns
-                for k in range(0, S.intermediate_size, S.depth):
-                    stage, phase = load_tile(w2, [expert, 0, row, k], stage, phase, buffers, empty, ready, S.stages)
+        token = unit % S.tokens
+        row = unit // S.tokens * S.columns
+        for tile in range(S.chunks2):
+            for load in gl.static_range(LOADS2):
+                part = tile * S.parts + load * S.step2
+                slot = part // S.hidden_parts
+                expert = expert_of(routing, token * S.top_k + gl.minimum(slot, S.top_k - 1), S)
+                live = (expert >= 0) & (slot < S.top_k)
+                if load == 0:
+                    mbarrier.wait(empty.index(stage), phase)
+                part = part % S.hidden_parts
+                load_parts(w2, live, expert, row, part, ready.index(stage), buffers2.index(stage * LOADS2 + load), S)
+            stage, phase = next_stage(stage, phase, S.stages)
 
 
 @gluon.jit
-def _stream_rows(x, hidden, routing, grid_barrier, ring, fetched, written, S: gl.constexpr):
-    """The activations for each weight tile; in between the barrier over the grid, which only this warp waits at."""
-    OUTSIDE: gl.constexpr = S.outside
-    buffers, empty, ready = ring
-    fetch_descriptors(x, hidden, [0, OUTSIDE], fetched, buffers.index(0))
+def _pass_barrier(w13_scale, w2_scale, routing, grid_barrier, tables, signals, S: gl.constexpr):
+    """Scales, then the barrier over the grid when this block has written its part of `hidden`."""
+    gathered, written, passed = signals
     wait_for_previous(S.pdl)
-    mbarrier.wait(fetched, 0)
-    stage = 0
-    phase = 1
-    first, last = share(S.top_k * S.strips1, gl.program_id(0))
-    for unit in range(first, last):
-        if expert_of(routing, unit // S.strips1, S) >= 0:
-            for k in range(0, S.hidden_size, S.depth):
-                stage, phase = load_tile(x, [0, k], stage, phase, buffers, empty, ready, S.row_stages)
-
+    before = load_acquire(grid_barrier)
+    if S.quantised:
+        gather_scales(w13_scale, w2_scale, routing, tables, gathered, S)
     mbarrier.wait(written, 0)
-    wait_for_grid(grid_barrier)
-    asm("fence.proxy.async")  # hidden was written by ordinary stores and is read by TMA
-
-    first, last = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))
-    for _ in range(first, last):
-        for slot in range(S.top_k):
-            if expert_of(routing, slot, S) >= 0:
-                for k in range(0, S.intermediate_size, S.depth):
-                    stage, phase = load_tile(hidden, [slot, k], stage, phase, buffers, empty, ready, S.row_stages)
+    wait_for_grid(grid_barrier, before)
+    mbarrier.arrive(passed, count=1)
 
 
 @gluon.jit
-def to_float32(x):
-    """bfloat16 by a shift and a mask of the register that holds two values, one instruction each."""
-    if x.dtype == gl.bfloat16:
-        asm: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        return gl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+def _prepare(source, loaded, static_scale, routing, rows, FIRST_GEMM: gl.constexpr, S: gl.constexpr):
+    """x or hidden -> shared memory: windows [S.window, S.part] of it for products."""
+    values, steps = rows
+    if S.quantised:
+        quantise_rows(source, loaded, static_scale, routing, values, steps, FIRST_GEMM, S)
     else:
-        return x.to(gl.float32)
+        copy_rows(source, loaded, values, FIRST_GEMM, S)
+    fence_async_shared()
+    block_barrier()  # here, or the compiler puts it into the loop
+    COUNT: gl.constexpr = values.shape[0] * S.segment // S.window
+    return values._reinterpret(values.dtype, [COUNT, S.window, S.part], values.layout)
 
 
 @gluon.jit
-def _add_once(acc, value, S: gl.constexpr):
-    """acc + value [1, 2, columns], in the first of the chunks that are yet to be summed."""
-    CHUNKS: gl.constexpr = S.depth // 8
-    chunk = gl.arange(0, CHUNKS, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, acc.type.layout))))
-    first = gl.expand_dims(gl.expand_dims(gl.expand_dims(chunk == 0, 0), 1), 2)
-    return acc + gl.where(first, gl.expand_dims(value, 3), 0.0)
+def _by_chunks(values, S: gl.constexpr):
+    """One value a part [segments, parts of a segment] as [chunks, parts of a tile]."""
+    CHUNKS: gl.constexpr = values.shape[0] * S.segment // S.parts
+    return values._reinterpret(gl.float32, [CHUNKS, S.parts], PLAIN)
 
 
 @gluon.jit
-def _dot(acc, scale, LENGTH: gl.constexpr, place, w_ring, a_ring, S: gl.constexpr, TILE: gl.constexpr):
-    """acc + Σ_k tile · row · scale over the tiles of one unit and slot."""
-    w_stage, w_phase, a_stage, a_phase = place
-    for _ in range(0, LENGTH, S.depth):
-        mbarrier.wait(w_ring[2].index(w_stage), w_phase)
-        w = to_float32(w_ring[0].index(w_stage).load(TILE))
-        mbarrier.wait(a_ring[2].index(a_stage), a_phase)
-        a = a_ring[0].index(a_stage).load(gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
-        end_reads()
-        mbarrier.arrive(w_ring[1].index(w_stage), count=1)
-        mbarrier.arrive(a_ring[1].index(a_stage), count=1)
-        w_stage, w_phase = next_stage(w_stage, w_phase, S.stages)
-        a_stage, a_phase = next_stage(a_stage, a_phase, S.row_stages)
-        a = gl.expand_dims(gl.expand_dims(to_float32(a) * scale, 1), 2)
-        acc += gl.sum(gl.reshape(w * a, (1, 2, S.columns, S.depth // 8, 8)), axis=4)
-    return acc, (w_stage, w_phase, a_stage, a_phase)
+def _by_part(values, STEP: gl.constexpr, S: gl.constexpr):
+    """values, one for each row of a product, as [parts, 2, columns]; rows lie in memory as loads bring them."""
+    loaded = gl.reshape(values, (S.parts // STEP, 2, S.columns, STEP))
+    return gl.reshape(gl.permute(loaded, (0, 3, 1, 2)), (S.parts, 2, S.columns))
+
+
+@gluon.jit
+def _along_rows(values, like, STEP: gl.constexpr, S: gl.constexpr):
+    """values [parts, 2, columns], one for each row of a product, ready to broadcast against `like`."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, like.type.layout)
+    loaded = gl.permute(gl.reshape(values, (S.parts // STEP, STEP, 2, S.columns)), (0, 2, 3, 1))
+    return gl.expand_dims(gl.convert_layout(gl.reshape(loaded, (like.shape[0],)), ROWS, assert_trivial=True), 1)
+
+
+@gluon.jit
+def _factor(table, entry, tile, steps, weights, chunk, rows, FIRST_GEMM: gl.constexpr, S: gl.constexpr):
+    """Scales of a tile's products [parts, 2, columns], and of gemm2 the router's weights; rows: zeros of this shape."""
+    L: gl.constexpr = rows.type.layout
+    PARTS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
+    if FIRST_GEMM:
+        factor = steps.index(chunk).load(PARTS)
+    else:
+        factor = weights.index(chunk).load(PARTS)
+        if S.quantised:  # nobody wrote what a step without an expert is made from
+            factor = gl.where(factor != 0.0, factor * steps.index(chunk).load(PARTS), 0.0)
+    factor = gl.expand_dims(factor, 1)
+    if S.quantised and S.group_k:
+        factor = factor * table.index(entry + tile).load(gl.SliceLayout(2, L))
+    factor = gl.expand_dims(factor, 2)
+    if S.quantised and not S.group_k:
+        if not FIRST_GEMM:
+            entry += tile * S.parts // S.hidden_parts
+        factor = factor * gl.expand_dims(table.index(entry).load(gl.SliceLayout(0, L)), 0)
+    return gl.broadcast(factor, rows)[0]
+
+
+@gluon.jit
+def _dot(scale, start, entry, place, ring, windows, steps, weights, table, nothing, FIRST_GEMM: gl.constexpr,
+         S: gl.constexpr):  # fmt: skip
+    """scale · Σ_k tile · activations · scales over the tiles of one unit, and what follows `place` in the ring.
+
+    start: of the row's chunks; entry: of the table's. The result is [rows of a product, columns of a product], like
+    `nothing`: zero where row and column are not the same part.
+    """
+    ACC: gl.constexpr = nothing.type.layout
+    ROWS: gl.constexpr = nothing.shape[0]
+    PRODUCT: gl.constexpr = gl.int32 if ring[0].dtype == gl.int8 else gl.float32
+    STEP: gl.constexpr = S.step1 if FIRST_GEMM else S.step2
+    CHUNKS: gl.constexpr = S.chunks1 if FIRST_GEMM else S.chunks2
+    stage, phase = place
+    acc = nothing
+    zero = gl.zeros(nothing.shape, PRODUCT, layout=ACC)
+    rows = _by_part(gl.zeros((ROWS,), gl.float32, layout=gl.SliceLayout(1, ACC)), STEP, S)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
+    part = gl.expand_dims(row // (2 * S.columns * STEP) * STEP + row % STEP, 1)
+    column = gl.expand_dims(gl.arange(0, S.window, layout=gl.SliceLayout(0, ACC)), 0)
+    for chunk in range(CHUNKS):
+        first = (start + chunk) * S.parts
+        counts = column - first % S.window == part
+        mbarrier.wait(ring[2].index(stage), phase)
+        window = windows.index(first // S.window).permute((1, 0))
+        product = warpgroup_mma(ring[0].index(stage), window, zero, use_acc=False, is_async=True)
+        if S.quantised or not FIRST_GEMM:
+            factor = _along_rows(
+                _factor(table, entry, chunk, steps, weights, start + chunk, rows, FIRST_GEMM, S), acc, STEP, S
+            )
+        if not FIRST_GEMM:
+            counts &= factor != 0.0  # nothing was loaded for a slot without an expert
+        product = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(ring[1].index(stage), count=1)
+        stage, phase = next_stage(stage, phase, S.stages)
+        product = gl.where(counts, product, zero).to(gl.float32)
+        if S.quantised or not FIRST_GEMM:
+            acc += product * factor
+        else:
+            acc += product
+    return acc * scale, (stage, phase)
+
+
+@gluon.jit
+def _total(acc, STEP: gl.constexpr, S: gl.constexpr, OUT: gl.constexpr):
+    """[1, 2, columns]"""
+    TILE_ROWS: gl.constexpr = 2 * S.columns
+    by_row = gl.permute(gl.reshape(acc, (S.parts // STEP, TILE_ROWS, STEP, S.window)), (1, 0, 2, 3))
+    total = gl.sum(gl.reshape(by_row, (TILE_ROWS, S.parts * S.window)), axis=1)
+    return gl.convert_layout(gl.reshape(total, (1, 2, S.columns)), OUT)
 
 
 @gluon.jit
@@ -156,98 +231,150 @@ def store_hidden(total, bias, hidden, slot, expert, strip, ACTIVATION: gl.conste
 
 
 @gluon.jit
-def _multiply(
-    w13_bias, w2_bias, hidden, out, routing, w_ring, a_ring, written,
-    ACTIVATION: gl.constexpr, S: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """gemm1 with activation for this block's units, then gemm2 with the sum over slots for its strips."""
-    wait_for_previous(S.pdl)
-    if S.pdl:
-        asm("griddepcontrol.launch_dependents")
-    # Each warp holds whole rows: no sum crosses warps, and a thread reads 16 bytes at a time. An accumulator has one
-    # value for the eight of a row that a thread holds.
-    EACH: gl.constexpr = S.columns // WARPS
-    CHUNKS: gl.constexpr = S.depth // 8
-    COLUMNS: gl.constexpr = S.columns
-    TILE: gl.constexpr = gl.BlockedLayout([1, 2, EACH, 8], [1, 1, 1, 32], [1, 1, WARPS, 1], [3, 2, 1, 0])
-    FINE: gl.constexpr = gl.BlockedLayout([1, 2, EACH, 1, 8], [1, 1, 1, 32, 1], [1, 1, WARPS, 1, 1], [4, 3, 2, 1, 0])
-    ACC: gl.constexpr = gl.SliceLayout(4, FINE)
-    nothing = gl.zeros((1, 2, COLUMNS, CHUNKS), gl.float32, layout=ACC)
-    place = (0, 0, 0, 0)
-    first, last = share(S.top_k * S.strips1, gl.program_id(0))
-    for unit in range(first, last):
-        slot = unit // S.strips1
-        expert = expert_of(routing, slot, S)
-        if expert >= 0:
-            scale = scale_of(routing, slot, S.weight_on_input)
-            acc, place = _dot(nothing, scale, S.hidden_size, place, w_ring, a_ring, S, TILE)
-            store_hidden(gl.sum(acc, axis=3), w13_bias, hidden, slot, expert, unit % S.strips1, ACTIVATION, S)
-    asm("fence.proxy.async")
-    block_barrier()
-    mbarrier.arrive(written, count=1)
-
-    half_rows: gl.constexpr = S.hidden_size // 2
-    first, last = share(S.strips2, gl.num_programs(0) - 1 - gl.program_id(0))
-    for strip in range(first, last):
-        acc = nothing
-        row, half = rows_of(strip, gl.sum(nothing, axis=3), S)
-        inside = (row < half_rows) & (half < 2)
-        for slot in range(S.top_k):
-            expert = expert_of(routing, slot, S)
-            if expert >= 0:
-                scale = scale_of(routing, slot, not S.weight_on_input)
-                if w2_bias is not None:  # loaded ahead of the tiles, used behind them
-                    bias = gl.load(w2_bias + expert * S.hidden_size + half * half_rows + row, mask=inside, other=0.0)
-                acc, place = _dot(acc, scale, S.intermediate_size, place, w_ring, a_ring, S, TILE)
-                if w2_bias is not None:
-                    acc = _add_once(acc, bias.to(gl.float32) * scale, S)
-        gl.store(out + half * half_rows + row, gl.sum(acc, axis=3).to(out.dtype.element_ty), mask=inside)
+def _route(routing, experts, S: gl.constexpr):
+    """The local experts of the slots -> shared memory."""
+    slot = gl.arange(0, S.slot_room, layout=gl.BlockedLayout([1], [32], [S.warps], [0]))
+    experts._reinterpret(gl.int32, [S.slot_room], PLAIN).store(expert_of(routing, gl.minimum(slot, S.slots - 1), S))
 
 
 @gluon.jit
-def new_ring(desc, STAGES: gl.constexpr):
-    """Buffers for blocks of `desc`, and for each the barriers that say it is empty and that it is loaded."""
-    buffers = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)  # noqa: RUF005 - Triton has no stars
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(empty.index(stage), count=1)
-        mbarrier.init(ready.index(stage), count=1)
-    return buffers, empty, ready
+def _multiply(
+    x, w13_input_scale, w2_input_scale, w13_bias, w2_bias, hidden, out, out_stride, routing, ring, shared, signals,
+    ACTIVATION: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """gemm1 with activation for this block's units, then gemm2 with the sum over slots for its strips."""
+    gathered, written, passed = signals
+    x_rows, hidden_rows, tables, weights, experts = shared
+    wait_for_previous(S.pdl)
+    if S.pdl:
+        asm("griddepcontrol.launch_dependents")
+    ROWS: gl.constexpr = S.rows
+    COLUMNS: gl.constexpr = S.columns
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [S.tensor_warps, S.warps // S.tensor_warps], [16, 8, 32 // S.value_bytes]
+    )
+    OUT: gl.constexpr = gl.BlockedLayout([1, 2, 1], [1, 1, 32], [1, 1, S.warps], [2, 1, 0])
+    WINDOW: gl.constexpr = S.window
+    nothing = gl.zeros((ROWS, WINDOW), gl.float32, layout=ACC)
+    loaded = load_segment(x, 0, True, S)
+    _route(routing, experts, S)
+    windows = _prepare(x, loaded, w13_input_scale, routing, x_rows, True, S)
+    table1 = tables[0]
+    table2 = tables[1]
+    x_steps = x_rows[1]
+    hidden_steps = hidden_rows[1]
+    if S.quantised:
+        table1 = entries_of(table1, S)
+        table2 = entries_of(table2, S)
+        x_steps = _by_chunks(x_steps, S)
+        hidden_steps = _by_chunks(hidden_steps, S)
+    place = (0, 0)
+    first, last = share(S.units1, gl.program_id(0))
+    for unit in range(first, last):
+        slot = unit // S.strips1
+        expert = item(experts, slot)
+        if expert >= 0:
+            scale = gl.load(routing[0] + slot).to(gl.float32) if S.weight_on_input else 1.0
+            if S.quantised:
+                mbarrier.wait(gathered.index(unit - first), 0)
+            entry = (unit - first) * S.entries1
+            start = slot // S.top_k * S.chunks1
+            acc, place = _dot(
+                scale, start, entry, place, ring, windows, x_steps, weights, table1, nothing, True, S
+            )  # fmt: skip
+            store_hidden(_total(acc, S.step1, S, OUT), w13_bias, hidden, slot, expert, unit % S.strips1, ACTIVATION, S)
+    block_barrier()
+    mbarrier.arrive(written, count=1)
+
+    weigh_parts(routing, weights, S)
+    weights = _by_chunks(weights, S)
+    mbarrier.wait(passed, 0)
+    loaded = load_segment(hidden, 0, False, S)
+    windows = _prepare(hidden, loaded, w2_input_scale, routing, hidden_rows, False, S)
+    half_rows: gl.constexpr = S.hidden_size // 2
+    first, last = share(S.units2, gl.num_programs(0) - 1 - gl.program_id(0))
+    for unit in range(first, last):
+        token = unit % S.tokens
+        row, half = rows_of(unit // S.tokens, gl.zeros((1, 2, COLUMNS), gl.float32, layout=OUT), S)
+        inside = (row < half_rows) & (half < 2)
+        entry = (unit - first) * S.entries2
+        acc, place = _dot(
+            1.0, token * S.chunks2, entry, place, ring, windows, hidden_steps, weights, table2, nothing, False, S
+        )  # fmt: skip
+        total = _total(acc, S.step2, S, OUT)
+        if w2_bias is not None:
+            for slot in range(token * S.top_k, (token + 1) * S.top_k):
+                expert = item(experts, slot)
+                if expert >= 0:
+                    bias = gl.load(w2_bias + expert * S.hidden_size + half * half_rows + row, mask=inside, other=0.0)
+                    scale = 1.0 if S.weight_on_input else gl.load(routing[0] + slot).to(gl.float32)
+                    total += bias.to(gl.float32) * scale
+        gl.store(out + token * out_stride + half * half_rows + row, total.to(out.dtype.element_ty), mask=inside)
 
 
-@gluon.jit(do_not_specialize_on_alignment=["topk_weights", "topk_ids", "expert_map"])
+@gluon.jit
+def _new_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit(
+    do_not_specialize=["out_stride"],
+    do_not_specialize_on_alignment=["w13_input_scale", "w2_input_scale", "topk_weights", "topk_ids", "expert_map"],
+)
 def stream_layer(
-    w13,  # descriptor [E, 2, rows / 2, H]: gate and up rows, or two halves; block [1, 2, columns, depth]
+    w13,  # descriptor [E, 2, rows / 2, H]: gate and up rows, or two halves; in parts
     w2,  # descriptor [E, 2, H / 2, I], the same block
-    x,  # descriptor [1, H], block [1, depth]
-    hidden_rows,  # descriptor of `hidden`, block [1, depth]
-    hidden,  # [k, I], scratch
-    out,  # [H]
+    w13_scale,  # [E, ceil(rows / group_n), ceil(H / 128)] float32 or e8m0; without K groups [E, rows] or [E]; or None
+    w2_scale,  # [E, ceil(H / group_n), ceil(I / 128)], [E, H] or [E], or None
+    w13_input_scale,  # [1] float32, static scale of x, or None
+    w2_input_scale,  # [1] float32, static scale of hidden, or None
+    x,  # [T, H]
+    hidden,  # [T·k, I], scratch
+    out,  # [T, H]
+    out_stride,  # from row to row of out
     w13_bias,  # [E, rows] or None
     w2_bias,  # [E, H] or None
-    topk_weights,  # [k]
-    topk_ids,  # [k]
+    topk_weights,  # [T, k] float32
+    topk_ids,  # [T, k]
     expert_map,  # global -> local expert, or None
     grid_barrier,  # [1] int32, zero when it is new; nothing else that runs at the same time may use it
     ACTIVATION: gl.constexpr,
     S: gl.constexpr,  # StreamSizes
-    num_warps: gl.constexpr,
 ):
     """out = Σ_j weight_j · expert_j(x), the whole layer."""
-    w_ring = new_ring(w13, S.stages)
-    a_ring = new_ring(x, S.row_stages)
-    once = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(3):
-        mbarrier.init(once.index(i), count=1)
+    VALUES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * S.value_bytes, rank=2)
+    tiles = gl.allocate_shared_memory(w13.dtype, [S.stages, S.rows, S.part], VALUES)
+    ring = (tiles, _new_barriers(S.stages, 1), _new_barriers(S.stages, S.loads))
+    once = _new_barriers(3, 1)
+    experts = gl.allocate_shared_memory(gl.int32, [S.slot_room, 1], PLAIN)
+    weights = gl.allocate_shared_memory(gl.float32, [S.segments2, S.segment], PLAIN)
+    x_values = gl.allocate_shared_memory(w13.dtype, [S.segments1, S.segment, S.part], VALUES)
+    hidden_values = gl.allocate_shared_memory(w13.dtype, [S.segments2, S.segment, S.part], VALUES)
+    if S.quantised:
+        x_steps = gl.allocate_shared_memory(gl.float32, [S.segments1, S.segment], PLAIN)
+        hidden_steps = gl.allocate_shared_memory(gl.float32, [S.segments2, S.segment], PLAIN)
+        tables = (new_table(S.most_units1, S.entries1, S), new_table(S.most_units2, S.entries2, S))
+        gathered = _new_barriers(S.most_units1, 1)
+        others: gl.constexpr = _GATHERER_REGISTERS
+    else:
+        x_steps: gl.constexpr = None
+        hidden_steps: gl.constexpr = None
+        tables = (None, None)
+        gathered: gl.constexpr = None
+        others: gl.constexpr = _LOADER_REGISTERS
+    shared = ((x_values, x_steps), (hidden_values, hidden_steps), tables, weights, experts)
     routing = (topk_weights, topk_ids, expert_map)
+    signals = (gathered, once.index(1), once.index(2))
     gl.warp_specialize(
         [
-            (_multiply, (w13_bias, w2_bias, hidden, out, routing, w_ring, a_ring, once.index(2),
-                         ACTIVATION, S, num_warps)),
-            (stream_weights, (w13, w2, routing, w_ring, once.index(0), S)),
-            (_stream_rows, (x, hidden_rows, routing, grid_barrier, a_ring, once.index(1), once.index(2), S)),
+            (_multiply, (x, w13_input_scale, w2_input_scale, w13_bias, w2_bias, hidden, out, out_stride, routing, ring,
+                         shared, signals, ACTIVATION, S)),
+            (_stream_weights, (w13, w2, routing, ring, once.index(0), S)),
+            (_pass_barrier, (w13_scale, w2_scale, routing, grid_barrier, tables, signals, S)),
         ],
         [1, 1],
-        [LOADER_REGISTERS, LOADER_REGISTERS],
+        [others, others],
     )  # fmt: skip

@@ -1,44 +1,27 @@
-"""Pieces of the stream kernel: instructions that Gluon has no function for, shares of the work, routing, loads.
+"""Pieces of the stream kernel: its barrier over the grid, shares of the work, routing, loads.
 
-`routing` is (topk_weights, topk_ids, expert_map) as in `stream_layer`, S the StreamSizes of the kernel.
+`routing` is (topk_weights, topk_ids, expert_map) as in `stream_layer`, S the StreamSizes of the kernel; slots are
+numbered through all tokens.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # renamed in Triton 3.7
+from .gluon_parts import load_acquire
 
-
-@gluon.jit
-def asm(TEXT: gl.constexpr):
-    """An instruction without operands."""
-    gl.inline_asm_elementwise(TEXT + "; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+PLAIN: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 
 @gluon.jit
-def wait_for_previous(PDL: gl.constexpr):
-    """Programmatic dependent launch, first half of kernel_parts.pdl_begin: every warp waits for itself."""
-    if PDL:
-        asm("griddepcontrol.wait")
-
-
-@gluon.jit
-def load_acquire(pointer):
-    """int32 at `pointer`, and after it what was written before the release that it sees."""
-    asm: gl.constexpr = "ld.acquire.gpu.global.b32 $0, [$1];"
-    return gl.inline_asm_elementwise(asm, "=r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def wait_for_grid(word):
-    """A barrier over the grid, by one warp a block.
+def wait_for_grid(word, before):
+    """A barrier over the grid, by one warp a block; before: the word at any time of this launch until now.
 
     The arrivals of a grid add up to 2 ** 31: the top bit flips when the last block arrives, and the word is ready for
     the next launch whatever its grid.
     """
     arrival = gl.where(gl.program_id(0) == 0, 2147483647 - (gl.num_programs(0) - 2), 1)
-    before = gl.atomic_add(word, arrival, sem="acq_rel", scope="gpu")
+    gl.atomic_add(word, arrival, sem="release", scope="gpu")  # what it returns would come a round trip later
     while (load_acquire(word) ^ before) >= 0:
         pass
 
@@ -48,25 +31,6 @@ def share(units, block):
     """The units of one block: as even as whole units allow."""
     blocks = gl.num_programs(0)
     return block * units // blocks, (block + 1) * units // blocks
-
-
-@gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    """The next stage of a ring and the phase of its barriers, which turns with every round."""
-    stage += 1
-    wraps = stage == STAGES
-    return gl.where(wraps, 0, stage), gl.where(wraps, phase ^ 1, phase)
-
-
-@gluon.jit
-def end_reads():
-    """What this block has read of shared memory is in registers: TMA may write there.
-
-    Without the fence a load that was issued may still be under way when the barrier lets go, and TMA, which no order of
-    ordinary accesses binds, overtake it. Seen about once in 5,000 launches where processes shared the GPU.
-    """
-    fence_async_shared()
-    block_barrier()
 
 
 @gluon.jit
@@ -80,27 +44,37 @@ def expert_of(routing, slot, S: gl.constexpr):
 
 
 @gluon.jit
-def scale_of(routing, slot, WEIGHTED: gl.constexpr):
-    """What the products of a slot are multiplied by."""
-    if WEIGHTED:
-        return gl.load(routing[0] + slot)
+def item(buffer, index):
+    """One value of a vector [count, 1] in shared memory."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(buffer.index(index).load(LAYOUT), axis=0)
+
+
+@gluon.jit
+def load_parts(desc, live, expert, row, part, bar, buffer, S: gl.constexpr):
+    """Start the load of some parts of a weight tile, and arrive at their barrier; only that unless live."""
+    mbarrier.expect(bar, desc.block_type.nbytes, pred=live)
+    if S.whole:
+        tma.async_copy_global_to_shared(desc, [expert, 0, row, part, 0], bar, buffer, pred=live)
     else:
-        return 1.0
+        tma.async_copy_global_to_shared(desc, [expert, 0, row, part * S.part], bar, buffer, pred=live)
+    mbarrier.arrive(bar, count=1, pred=live == 0)
 
 
 @gluon.jit
-def load_tile(desc, coordinates, stage, phase, buffers, empty, ready, STAGES: gl.constexpr):
-    """Start the load of one block of `desc` as soon as its stage is empty; what follows it in the ring."""
-    mbarrier.wait(empty.index(stage), phase)
-    bar = ready.index(stage)
-    mbarrier.expect(bar, desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, coordinates, bar, buffers.index(stage))
-    return next_stage(stage, phase, STAGES)
+def buffers_of(desc, buffers):
+    """The ring's memory as blocks of `desc`."""
+    SIZE: gl.constexpr = desc.block_type.nbytes
+    TOTAL: gl.constexpr = (
+        buffers.shape[0] * buffers.shape[1] * buffers.shape[2] * (buffers.dtype.primitive_bitwidth // 8)
+    )
+    return buffers._reinterpret(desc.dtype, [TOTAL // SIZE] + desc.block_type.shape, desc.layout)  # noqa: RUF005 - Triton has no stars
 
 
 @gluon.jit
-def fetch_descriptors(desc1, desc2, origin, bar, buffer):
+def fetch_descriptors(desc1, desc2, bar, buffers1, buffers2, S: gl.constexpr):
     """Two loads that lie outside their tensors: zeros, no traffic, but the descriptors are on chip when it counts."""
-    mbarrier.expect(bar, 2 * desc1.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc1, origin, bar, buffer)
-    tma.async_copy_global_to_shared(desc2, origin, bar, buffer)
+    origin: gl.constexpr = [0, 0, 0, S.outside, 0] if S.whole else [0, 0, 0, S.outside]
+    mbarrier.expect(bar, desc1.block_type.nbytes + desc2.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc1, origin, bar, buffers1.index(0))
+    tma.async_copy_global_to_shared(desc2, origin, bar, buffers2.index(0))

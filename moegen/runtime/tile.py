@@ -7,7 +7,7 @@ from .device import DeviceFacts
 from .stream_sizes import stream_memory, why_illegal_stream
 
 # "portable" are the templates. The others are for compute capability 9.0, in Gluon, and for weights of 16 bits, or of 8
-# like the activations: "cooperative" for many tokens, "stream" for one.
+# like the activations: "cooperative" for many tokens, "stream" for a few.
 FAMILIES = ("portable", "cooperative", "stream")
 
 

@@ -82,9 +82,10 @@ def _sources(scheme: Scheme) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {"portable": tuple(shared)}
     if not scheme.kind or w8a8:
         own = [f"cooperative_{name}" for name in ("finish", "kernel", "products", "sizes")]
-        found["cooperative"] = (*shared, *own, "stream_parts")
-        own = ["stream_kernel", "stream_parts", "stream_sizes", *(["stream_w8a8"] if w8a8 else [])]
-        found["stream"] = (*shared, *own)
+        found["cooperative"] = (*shared, *own, "gluon_parts")
+        # One launch: nothing of the assignment, the quantisers and the reduce.
+        own = [f"stream_{name}" for name in ("kernel", "parts", "rows", "scales", "sizes")]
+        found["stream"] = ("kernel_parts", *(["decode"] if scheme.kind else []), *own, "gluon_parts")
     return found
 
 

@@ -33,9 +33,9 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_stages": (3, 4, 5, 6, 8),
     },
     "stream": {
-        "BLOCK_SIZE_M": (1,),
-        "BLOCK_SIZE_N": (16, 32, 64),
-        "BLOCK_SIZE_K": (256, 512),
+        "BLOCK_SIZE_M": (1, 2, 4),
+        "BLOCK_SIZE_N": (8, 16, 32, 64),
+        "BLOCK_SIZE_K": (128, 256, 512, 1024),
         "PDL": (False, True),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4, 5, 6, 8, 12),
@@ -190,8 +190,9 @@ def layer_space(
         mean = mean_slots(gemm1, tokens)
         found = family_starts("cooperative", gemm1, gemm2, device)
         starts |= {kind: pair for kind, pair in found.items() if mean / 2 <= kind.block_m <= max(64, 8 * mean)}
-    if "stream" in families and tokens == 1:
-        starts |= family_starts("stream", gemm1, gemm2, device)
+    if "stream" in families:
+        found = family_starts("stream", gemm1, gemm2, device)
+        starts |= {kind: pair for kind, pair in found.items() if kind.block_m == tokens}
     starts[kind_of(default)] = default
 
     def space(gemm: Gemm, pair: LayerTiles) -> Space:

@@ -17,6 +17,7 @@ from moegen.emit import emit
 from moegen.load import import_package
 from moegen.plan import make_plan
 from moegen.runtime.device import DeviceFacts
+from moegen.runtime.stream_sizes import most_tokens
 from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.spec import Parallel
 from tests.support.packages import spec_of
@@ -24,13 +25,13 @@ from tests.support.record_files import write_record
 
 TARGET = "cuda:90"
 SIZES = {"num_experts": 16, "top_k": 4, "hidden_size": 512, "intermediate_size": 256}
-# The two tiles of the heuristic.
-LOW = TileConfig(1, 16, 512, PDL=True, num_warps=4, num_stages=6, family="stream")
-HIGH = TileConfig(1, 32, 256, PDL=True, num_warps=8, num_stages=6, family="stream")
-# Nearly as many bytes of 8 bits: beside them are quantised activations and scales.
-LOW_8, HIGH_8 = replace(LOW, num_stages=11), replace(HIGH, num_stages=11)
-FLAT_8 = replace(LOW_8, BLOCK_SIZE_K=256, num_stages=22)
+LOW = TileConfig(1, 16, 512, PDL=True, num_warps=4, num_stages=5, family="stream")
+HIGH = TileConfig(1, 32, 256, PDL=True, num_warps=8, num_stages=5, family="stream")
+# Of 8 bits a tile has half the bytes.
+LOW_8, HIGH_8 = replace(LOW, num_stages=9), replace(HIGH, num_stages=9)
+DEEP_8 = replace(LOW_8, BLOCK_SIZE_K=1024, num_warps=8, num_stages=4)
 WIDE_8 = replace(LOW_8, num_warps=8)
+LOWEST = replace(LOW, BLOCK_SIZE_N=8)
 BLOCK = {"quant": ("fp8_w8a8:128x128",)}
 CHANNEL = {"quant": ("fp8_w8a8:channel",)}
 
@@ -39,6 +40,8 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "low tiles": ({}, LOW),
     "high tiles": ({}, HIGH),
     "low tiles, 8 warps": ({}, replace(LOW, num_warps=8)),
+    "lowest tiles": ({}, LOWEST),
+    "two tokens": ({}, replace(LOW, BLOCK_SIZE_M=2, num_stages=4)),
     "tails": ({"hidden_size": 328, "intermediate_size": 136}, LOW),
     "float16": ({"dtypes": ("float16",)}, HIGH),
     "bias, interleaved": ({"activation": "swigluoai", "bias": True}, LOW),
@@ -51,7 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8, low, 8 warps": (BLOCK, replace(LOW_8, num_warps=8)),
     "fp8, high, 4 warps": (BLOCK, replace(HIGH_8, num_warps=4)),
     "fp8, high": ({**BLOCK, "hidden_size": 7168, "top_k": 8}, HIGH_8),
-    "fp8, flat": (BLOCK, FLAT_8),
+    "fp8, deep": (BLOCK, DEEP_8),
     "fp8, tails, bias, interleaved": (
         {**BLOCK, "hidden_size": 592, "intermediate_size": 272, "activation": "swigluoai", "bias": True},
         LOW_8,
@@ -59,12 +62,14 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8, not gated": ({**BLOCK, "activation": "relu2_no_mul"}, LOW_8),
     "fp8, ue8m0, shard": ({"quant": ("fp8_w8a8:128x128ue8m0",), "parallel": (Parallel(ep=2),)}, LOW_8),
     "int8": ({"quant": ("int8_w8a8:128x128",)}, LOW_8),
+    "fp8, two tokens": (BLOCK, replace(LOW_8, BLOCK_SIZE_M=2)),
+    "fp8, five tokens": (BLOCK, replace(LOW_8, BLOCK_SIZE_M=4, num_stages=6)),
     "fp8, channel": (CHANNEL, WIDE_8),
     "fp8, channel, tails, bias, interleaved": (
         {**CHANNEL, "hidden_size": 592, "intermediate_size": 144, "activation": "swigluoai", "bias": True},
         HIGH_8,
     ),
-    "fp8, channel, flat": (CHANNEL, FLAT_8),
+    "fp8, channel, deep": (CHANNEL, DEEP_8),
     "fp8, channel, high": ({**CHANNEL, "hidden_size": 7168, "top_k": 8}, HIGH_8),
     "fp8, channel, two segments": ({**CHANNEL, "intermediate_size": 1536}, LOW_8),
     "fp8, tensor": ({"quant": ("fp8_w8a8:tensor",)}, WIDE_8),
@@ -77,9 +82,9 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
 
 
 def package_with_record(folder: Path, fields: dict[str, Any], tile: TileConfig, device: DeviceFacts) -> Path:
-    """An emitted package whose record for `device` has this tile config for one token."""
+    """An emitted package whose record for `device` has this tile config for as many tokens as it is for."""
     package = emit(make_plan(spec_of(**{**SIZES, **fields})), folder)
-    write_record(import_package(package), package / "configs", device, {1: LayerTiles(tile, tile)})
+    write_record(import_package(package), package / "configs", device, {tile.BLOCK_SIZE_M: LayerTiles(tile, tile)})
     return package
 
 
@@ -88,7 +93,9 @@ def main(folder: str) -> None:
     records = []
     for number, (case, (fields, tile)) in enumerate(CASES.items()):
         package = package_with_record(Path(folder) / str(number), fields, tile, TARGETS[TARGET])
-        compiled = _compile_target((str(package), TARGET, 1))
+        compiled = _compile_target((str(package), TARGET, most_tokens(tile.BLOCK_SIZE_M)))
+        least = tile.BLOCK_SIZE_M - tile.BLOCK_SIZE_M // 4  # token counts below have a bucket of their own
+        compiled = [item for item in compiled if item.tokens >= least]
         records += [{"case": case, "triton": triton.__version__, **asdict(item)} for item in compiled]
     sys.stdout.write(json.dumps(records))
 

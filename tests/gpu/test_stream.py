@@ -19,11 +19,12 @@ from moegen.spec import Parallel
 from tests.compile.stream_sweep import (
     BLOCK,
     CHANNEL,
-    FLAT_8,
+    DEEP_8,
     HIGH,
     HIGH_8,
     LOW,
     LOW_8,
+    LOWEST,
     WIDE_8,
     package_with_record,
 )
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "not gated": ({"hidden_size": 1408, "intermediate_size": 360, "activation": "relu2_no_mul"}, LOW),
     "float16": ({"hidden_size": 512, "intermediate_size": 704, "dtypes": ("float16",)}, HIGH),
     "8 warps": ({"hidden_size": 1024, "intermediate_size": 512}, replace(LOW, num_warps=8)),
+    "lowest": ({"hidden_size": 2048, "intermediate_size": 256, "top_k": 8}, LOWEST),
     "2 stages": ({"hidden_size": 1024, "intermediate_size": 512}, replace(HIGH, num_stages=2)),
     "no PDL": ({"hidden_size": 1024, "intermediate_size": 512}, replace(LOW, PDL=False)),
     "bias, high": ({"hidden_size": 512, "intermediate_size": 256, "activation": "swigluoai", "bias": True}, HIGH),
@@ -58,7 +60,7 @@ QUANTISED: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8, 8 warps": ({**BLOCK, "hidden_size": 2048, "intermediate_size": 768}, replace(LOW_8, num_warps=8)),
     "fp8, high": ({**BLOCK, "top_k": 8, "hidden_size": 7168, "intermediate_size": 256}, HIGH_8),
     "fp8, high, 4 warps": ({**BLOCK, "hidden_size": 1024, "intermediate_size": 512}, replace(HIGH_8, num_warps=4)),
-    "fp8, flat": ({**BLOCK, "top_k": 10, "hidden_size": 2048, "intermediate_size": 512}, FLAT_8),
+    "fp8, deep": ({**BLOCK, "top_k": 10, "hidden_size": 2048, "intermediate_size": 768}, DEEP_8),
     "fp8, many tiles": ({**BLOCK, "hidden_size": 4096, "intermediate_size": 4096, "top_k": 2}, LOW_8),
     "fp8, tails": ({**BLOCK, "hidden_size": 592, "intermediate_size": 272, "bias": True}, LOW_8),
     "fp8, interleaved": ({**BLOCK, "hidden_size": 640, "activation": "swigluoai", "bias": True}, LOW_8),
@@ -97,18 +99,18 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-def inputs(layer: Any, seed: int) -> dict[str, Any]:
+def inputs(layer: Any, seed: int, tokens: int = 1) -> dict[str, Any]:
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
         return torch.empty(shape, device="cuda").normal_(0, std, generator=generator).to(layer.dtype)
 
-    scores = torch.rand(1, layer.num_experts, device="cuda", generator=generator)
+    scores = torch.rand(tokens, layer.num_experts, device="cuda", generator=generator)
     found = {
-        "hidden_states": normal(1, layer.hidden_size),
+        "hidden_states": normal(tokens, layer.hidden_size),
         "w13": normal(*layer.w13_shape, std=layer.hidden_size**-0.5),
         "w2": normal(*layer.w2_shape, std=layer.intermediate_size**-0.5),
-        "topk_weights": torch.rand(1, layer.top_k, device="cuda", generator=generator),
+        "topk_weights": torch.rand(tokens, layer.top_k, device="cuda", generator=generator),
         "topk_ids": scores.topk(layer.top_k).indices.to(torch.int32),
     }
     if layer.bias:
@@ -171,6 +173,52 @@ def test_numerics(case: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(seen) == {"stream"}
 
 
+TOKENS = [
+    ("plain", (1, 2, 4)),
+    ("many slots", (2, 3)),
+    ("tails", (2,)),
+    ("smaller than a tile", (2, 5)),
+    ("not gated", (3, 5)),
+    ("bias, high", (2, 4)),
+    ("shard", (2, 3, 5)),
+    ("fp8", (2, 3, 5)),
+    ("fp8, deep", (2, 4)),
+    ("fp8, tails", (2, 5)),
+    ("fp8, shard", (2, 4)),
+    ("int8", (3,)),
+    ("channel", (2, 4)),
+    ("channel, tails", (5,)),
+    ("tensor", (2, 3)),
+    ("tensor, shard", (4,)),
+]
+
+
+@pytest.mark.parametrize(("case", "counts"), TOKENS)
+def test_some_tokens(case: str, counts: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields, tile = {**CASES, **QUANTISED}[case]
+    for tokens in counts:
+        size = 4 if tokens > 2 else tokens
+        record = replace(tile, BLOCK_SIZE_M=size, num_stages=max(2, tile.num_stages // 2))
+        package = import_package(package_with_record(tmp_path / str(tokens), fields, record, device_facts(0)))
+        seen = launches(package, monkeypatch)
+        layer = package.LAYERS[0]
+        mapped = layer.local_experts < layer.num_experts
+        for seed, padding in enumerate((0.0, 0.3)):
+            arguments = make_inputs(layer, tokens, seed, "cuda", padding=padding, mapped=mapped)
+            arguments["topk_ids"][-1, -1] = arguments["topk_ids"][0, 0]  # an expert of two tokens
+            wide = torch.full((tokens, layer.hidden_size + 64), float("nan"), dtype=layer.dtype, device="cuda")
+            wide[:, :-64] = arguments["hidden_states"]
+            out = torch.full_like(wide, float("nan"))
+            want = oracle(layer, arguments)
+            arguments["hidden_states"] = wide[:, :-64]
+            first = package.fused_experts(**arguments)
+            assert relative_error(first, want) < (1e-2 if layer.quant == "none" else 2e-2)
+            for _ in range(20):
+                assert torch.equal(package.fused_experts(**arguments, out=out[:, :-64]), first)
+            assert out[:, -64:].isnan().all()
+        assert set(seen) == {"stream"}
+
+
 @pytest.mark.parametrize("case", ["one slot", "one slot, bias"])
 def test_weight_on_input(case: str, build: Any) -> None:
     package = build(case)
@@ -192,7 +240,8 @@ def test_quantised(case: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> No
         got = package.fused_experts(**arguments)
         assert torch.equal(got, package.fused_experts(**arguments))
         assert relative_error(got, oracle(layer, arguments)) < 2e-2
-        assert relative_error(got, by_portable(package, arguments)) < 1e-2
+        # Sums of e4m3 on the tensor cores are less exact than its own, and `hidden` falls to the other side of 8 bits.
+        assert relative_error(got, by_portable(package, arguments)) < 2e-2
         assert seen[-3:] == ["stream", "stream", "portable"]
     assert not got.any()
 
@@ -210,7 +259,7 @@ def test_static_scales(case: str, build: Any, monkeypatch: pytest.MonkeyPatch) -
         arguments |= {name: static[name] for name in names}
         got = package.fused_experts(**arguments)
         assert relative_error(got, oracle(layer, arguments)) < 2e-2
-        assert relative_error(got, by_portable(package, arguments)) < 1e-2
+        assert relative_error(got, by_portable(package, arguments)) < 2e-2
         assert seen[-2:] == ["stream", "portable"]
 
 

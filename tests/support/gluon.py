@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moegen.runtime import stream, stream_kernel, stream_w8a8
+from moegen.runtime import stream, stream_kernel, stream_rows
 from moegen.runtime.stream_sizes import StreamSizes
 from moegen.runtime.weight import scale_bytes
 
@@ -42,11 +42,16 @@ class Pointer:
 class Shared:
     """Shared memory."""
 
+    layout = None
+
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory, self.shape, self.dtype = memory, list(memory.shape), memory.dtype
 
     def index(self, index: Any) -> "Shared":
         return Shared(self.memory[int(index)])
+
+    def permute(self, order: tuple[int, ...]) -> "Shared":
+        return Shared(self.memory.permute(order))
 
     def load(self, _layout: object) -> Values:
         return self.memory.clone().as_subclass(Values)
@@ -62,16 +67,30 @@ class Shared:
 
 
 class Ring:
-    """What one warp loads and others take, in order."""
+    """What one warp loads and others take, in order, as the rows of products."""
 
-    def __init__(self) -> None:
-        self.tiles: list[torch.Tensor] = []
+    def __init__(self, sizes: StreamSizes, dtype: torch.dtype) -> None:
+        self.sizes, self.dtype = sizes, dtype
+        self.loaded: list[torch.Tensor] = []
 
     def index(self, _stage: object) -> "Ring":
         return self
 
-    def load(self, _layout: object) -> Values:
-        return self.tiles.pop(0).as_subclass(Values)
+    def load(self, desc: Any, live: Any, expert: Any, row: Any, part: Any, *_: object) -> None:
+        """Nothing is loaded unless live: there is what was there before, anything."""
+        if live:
+            start = [expert, 0, row, part, 0] if self.sizes.whole else [expert, 0, row, part * self.sizes.part]
+            block = read_block(desc, start)
+        else:
+            block = torch.full(desc.block_shape, 77 if self.dtype == torch.int8 else float("nan")).to(self.dtype)
+        self.loaded.append(block.reshape(-1, self.sizes.part))
+
+    def take(self) -> torch.Tensor:
+        tile = self.loaded.pop(0)
+        while len(tile) < self.sizes.rows:
+            tile = torch.cat((tile.view(torch.uint8), self.loaded.pop(0).view(torch.uint8))).view(self.dtype)
+        assert len(tile) == self.sizes.rows
+        return tile
 
 
 def read_block(descriptor: Any, start: list[Any]) -> torch.Tensor:
@@ -113,6 +132,10 @@ def _where(condition: Any, one: Any, other: Any) -> Any:
     return torch.where(condition, one, other).as_subclass(Values)
 
 
+def _product(ring: Ring, window: Shared, zero: torch.Tensor, **_: object) -> Values:
+    return (ring.take().float() @ window.memory.float()).to(zero.dtype).as_subclass(Values)
+
+
 def _either(pick: Callable[..., Any], a: Any, b: Any) -> Any:
     return pick(torch.as_tensor(a), torch.as_tensor(b)).as_subclass(Values)
 
@@ -128,6 +151,7 @@ def language(block: int, blocks: int) -> SimpleNamespace:
         program_id=lambda _: block,
         num_programs=lambda _: blocks,
         BlockedLayout=nothing,
+        NVMMADistributedLayout=nothing,
         SliceLayout=nothing,
         arange=lambda start, end, **_: torch.arange(start, end).as_subclass(Values),
         zeros=lambda shape, dtype, **_: torch.zeros(shape, dtype=dtype).as_subclass(Values),
@@ -170,13 +194,14 @@ def as_python(block: int, blocks: int, **more: Any) -> Callable[[ModuleType], Si
         "mbarrier": SimpleNamespace(wait=nothing, arrive=nothing),
         "asm": nothing,
         "block_barrier": nothing,
-        "end_reads": nothing,
         "wait_for_previous": nothing,
-        "wait_for_grid": nothing,
         "fetch_descriptors": nothing,
-        "load_tile": lambda desc, start, _stage, _phase, ring, *_: (ring.tiles.append(read_block(desc, start)), 0),
-        "to_float32": lambda values: values.float(),
-        "_products": lambda w, a: w.float() * a.float(),
+        "fence_async_shared": nothing,
+        "buffers_of": lambda _, ring: ring,
+        "load_parts": lambda *arguments: arguments[6].load(*arguments[:5]),
+        "item": lambda buffer, index: buffer.memory[int(index), 0],
+        "warpgroup_mma": _product,
+        "warpgroup_mma_wait": lambda _, deps: deps[0],
         "group_scale": _group_scale,
         "divide": lambda values, step: values / step,
         "to_8_bit": _to_8_bit,
@@ -208,42 +233,45 @@ def run_as_python(
 ) -> torch.Tensor:
     """call.out of a whole launch of `blocks` blocks, from a Call on CPU tensors; memory that nobody wrote is NaN."""
     x, w13, w2 = call.hidden_states, call.w13, call.w2
-    hidden = torch.full((sizes.top_k, sizes.intermediate_size), float("nan"), dtype=x.dtype)
-    descriptors = [
-        stream._weight_descriptor(w13.values, x, sizes, sizes.interleaved),
-        stream._weight_descriptor(w2.values, x, sizes, False),
-    ]
+    hidden = torch.full((sizes.slots, sizes.intermediate_size), float("nan"), dtype=x.dtype)
+    descriptors = [stream._weight_descriptor(w.values, x, sizes, w is w13) for w in (w13, w2)]
     routing = tuple(None if t is None else Pointer(t) for t in (call.topk_weights, call.topk_ids, call.expert_map))
     biases = [None if w.bias is None else Pointer(w.bias) for w in (w13, w2)]
-    module = stream_w8a8 if sizes.quantised else stream_kernel
+    static = [None if w.input_scale is None else Pointer(w.input_scale) for w in (w13, w2)]
     for block in [*range(blocks), *range(blocks)]:
-        kernel, ring, rows = as_python(block, blocks)(module), Ring(), Ring()
-        kernel.stream_weights(*descriptors, routing, (ring, None, ring), SimpleNamespace(), sizes)
-        pointers = (*biases, Pointer(hidden), Pointer(call.out), routing, (ring, ring, ring))
+        kernel, ring = as_python(block, blocks)(stream_kernel), Ring(sizes, w13.values.dtype)
+        tiles = (ring, ring, ring)
+        kernel._stream_weights(*descriptors, routing, tiles, None, sizes)
+        shared = _shared_memory(sizes, w13.values.dtype)
         if sizes.quantised:
             scales = [Pointer(scale_bytes(w.scale)) for w in (w13, w2)]
-            scales += [None if w.input_scale is None else Pointer(w.input_scale) for w in (w13, w2)]
-            shared = tuple(Shared(memory) for memory in _shared_memory(sizes, w13.values.dtype))
-            kernel._multiply(
-                Pointer(x), *scales, *pointers, None, None, shared, activation, sizes, sizes.warps
-            )  # fmt: skip
-        else:
-            descs = [stream._row_descriptor(rows_, sizes) for rows_ in (x, hidden)]
-            kernel._stream_rows(*descs, routing, None, (rows, None, rows), None, None, sizes)
-            kernel._multiply(*pointers, (rows, rows, rows), None, activation, sizes, sizes.warps)
-        assert not ring.tiles, "a tile was loaded that nobody took"
-        assert not rows.tiles
+            kernel.gather_scales(*scales, routing, shared[2], SimpleNamespace(index=lambda _: None), sizes)
+        signals = (SimpleNamespace(index=lambda _: None), None, None)
+        kernel._multiply(
+            Pointer(x.contiguous()), *static, *biases, Pointer(hidden), Pointer(call.out), call.out.stride(0), routing,
+            tiles, shared, signals, activation, sizes,
+        )  # fmt: skip
+        assert not ring.loaded, "a tile was loaded that nobody took"
     return call.out
 
 
-def _shared_memory(sizes: StreamSizes, dtype: torch.dtype) -> list[torch.Tensor]:
-    """What stream_layer_w8a8 allocates."""
+def _shared_memory(sizes: StreamSizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What stream_layer allocates beside the ring."""
     nan = float("nan")
-    rows = []
-    for count in (sizes.segments1, sizes.segments2):
-        rows += [torch.zeros(count, sizes.segment, 128, dtype=dtype), torch.full((count, sizes.segment), nan)]
-    tables = [torch.full((count, 2, sizes.entry), nan) for count in (sizes.entries1, sizes.entries2)]
-    return rows + tables
+
+    def filled(*shape: int) -> Shared:
+        return Shared(torch.full(shape, nan))
+
+    def table(units: int, entries: int) -> Shared:
+        return filled(units, *((1, entries * sizes.entry, 2) if sizes.group_k else (entries, 2, sizes.entry)))
+
+    rows = [
+        (Shared(torch.zeros(count, sizes.segment, sizes.part, dtype=dtype)), filled(count, sizes.segment))
+        for count in (sizes.segments1, sizes.segments2)
+    ]
+    tables = (table(sizes.most_units1, sizes.entries1), table(sizes.most_units2, sizes.entries2))
+    experts = Shared(torch.zeros(sizes.slot_room, 1, dtype=torch.int32))
+    return *rows, tables, filled(sizes.segments2, sizes.segment), experts
 
 
 def quantise_as_python(
@@ -253,14 +281,17 @@ def quantise_as_python(
     static_scale: torch.Tensor | None = None,
     topk_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What one block makes of the token [1, H] or, with its topk_ids [k], of `hidden` [k, I]: dequantised, float32."""
+    """What one block makes of x [T, H] or, with its topk_ids [T, k], of `hidden` [T·k, I]: dequantised, float32."""
     first = topk_ids is None
-    values, steps = (Shared(memory) for memory in _shared_memory(sizes, dtype)[0 if first else 2 :][:2])
+    values, steps = _shared_memory(sizes, dtype)[0 if first else 1]
     routing = (None, None if topk_ids is None else Pointer(topk_ids), None)
     static = None if static_scale is None else Pointer(static_scale)
-    kernel = as_python(0, 1)(stream_w8a8)
-    kernel._quantise(Pointer(source), static, routing, values, steps, first, sizes, sizes.warps)
-    found = values.memory.float() * steps.memory.unsqueeze(2)
-    chunks = sizes.chunks1 if first else sizes.chunks2
-    found = found.flatten()[: len(source) * chunks * sizes.depth].view(len(source), -1)
-    return found[:, : source.shape[1]]
+    kernel = as_python(0, 1)(stream_rows)
+    loaded = kernel.load_segment(Pointer(source), 0, first, sizes)
+    kernel.quantise_rows(Pointer(source), loaded, static, routing, values, steps, first, sizes)
+    found = (values.memory.float() * steps.memory.unsqueeze(2)).flatten(0, 1)
+    if first:
+        return found[: sizes.x_parts].view(len(source), -1)[:, : source.shape[1]]
+    by_token = found[: sizes.tokens * sizes.token_parts].view(sizes.tokens, sizes.token_parts, -1)
+    by_slot = by_token[:, : sizes.top_k * sizes.hidden_parts].reshape(sizes.slots, -1)
+    return by_slot[:, : source.shape[1]]

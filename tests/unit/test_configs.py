@@ -225,11 +225,15 @@ REFUSED: dict[str, tuple[object, tuple[str, ...]]] = {
     ),
     "half a stream": (
         record(buckets={"1": {"gemm1": {**STREAM, "num_stages": 4}, "gemm2": STREAM}}),
-        ("buckets.1", "family=stream is for bucket 1", "one tile config for both GEMMs"),
+        ("buckets.1", "family=stream is not allowed", "one tile config for both GEMMs"),
     ),
-    "stream of two tokens": (
+    "stream of one token for two": (
         record(buckets={"2": {"gemm1": STREAM, "gemm2": STREAM}}),
-        ("buckets.2", "family=stream is for bucket 1"),
+        ("buckets.2", "family=stream is not allowed", "in the bucket of its BLOCK_SIZE_M"),
+    ),
+    "stream of four tokens for three": (
+        record(buckets={"3": {op: {**STREAM, "BLOCK_SIZE_M": 4} for op in ("gemm1", "gemm2")}}),
+        ("buckets.3", "family=stream is not allowed", "in the bucket of its BLOCK_SIZE_M"),
     ),
     "assignment that is no flag": (
         record(buckets={"16": {"gemm1": TILE, "gemm2": TILE, "low_latency": 1}}),
@@ -267,11 +271,14 @@ def test_a_bucket_may_choose_its_assignment(low_latency: bool | None, tmp_path: 
     assert Configs(tmp_path).tiles(LAYER, 16, None, H200) == replace(tiles(TILE), low_latency=low_latency)
 
 
-def test_stream_serves_one_token(tmp_path: Path) -> None:
-    write(tmp_path, record(buckets={"1": {"gemm1": STREAM, "gemm2": STREAM}}))
+@pytest.mark.parametrize(("block_m", "served"), [(1, [1]), (2, [2]), (4, [3, 4, 5])])
+def test_stream_serves_few_tokens(block_m: int, served: list[int], tmp_path: Path) -> None:
+    tile = {**STREAM, "BLOCK_SIZE_M": block_m}
+    write(tmp_path, record(buckets={str(block_m): {"gemm1": tile, "gemm2": tile}}))
     configs = Configs(tmp_path)
-    assert configs.tiles(LAYER, 1, None, H200) == tiles(STREAM)
-    assert configs.tiles(LAYER, 2, None, H200) == heuristic(2)
+    for tokens in range(1, 8):
+        expected = tiles(tile) if tokens in served else heuristic(tokens)
+        assert configs.tiles(LAYER, tokens, None, H200) == expected
 
 
 @pytest.mark.parametrize("with_record", [False, True])

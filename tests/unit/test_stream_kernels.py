@@ -1,6 +1,7 @@
 """What the kernels of the family "stream" compute, run as Python (tests/support/gluon.py), against the reference."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +25,7 @@ SHARD = (Parallel(ep=2),)
 SMALL = {"num_experts": 6, "top_k": 3, "hidden_size": 640, "intermediate_size": 272}
 LOW = TileConfig(1, 16, 512, PDL=True, num_warps=4, num_stages=6, family="stream")
 HIGH = TileConfig(1, 32, 256, PDL=True, num_warps=8, num_stages=6, family="stream")
-FLAT = TileConfig(1, 16, 256, PDL=True, num_warps=4, num_stages=6, family="stream")
+DEEP = TileConfig(1, 16, 1024, PDL=True, num_warps=8, num_stages=4, family="stream")
 CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "16 bit, low": ({}, LOW),
     "16 bit, high, bias": ({"bias": True}, HIGH),
@@ -34,10 +35,10 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "16 bit, shard": ({"parallel": SHARD}, LOW),
     "fp8, low": ({"quant": ("fp8_w8a8:128x128",)}, LOW),
     "fp8, high, bias": ({"quant": ("fp8_w8a8:128x128",), "intermediate_size": 320, "bias": True}, HIGH),
-    "fp8, flat": ({"quant": ("fp8_w8a8:128x128",)}, FLAT),
+    "fp8, deep": ({"quant": ("fp8_w8a8:128x128",)}, DEEP),
     "fp8, ue8m0": ({"quant": ("fp8_w8a8:128x128ue8m0",)}, LOW),
     "fp8, interleaved": ({"quant": ("fp8_w8a8:128x128",), "activation": "swigluoai", "bias": True}, LOW),
-    "fp8, not gated": ({"quant": ("fp8_w8a8:128x128",), "activation": "relu2_no_mul"}, FLAT),
+    "fp8, not gated": ({"quant": ("fp8_w8a8:128x128",), "activation": "relu2_no_mul"}, DEEP),
     "fp8, many tiles": ({"quant": ("fp8_w8a8:128x128",), "hidden_size": 2304, "intermediate_size": 1152}, LOW),
     "fp8, shard": ({"quant": ("fp8_w8a8:128x128",), "parallel": SHARD}, LOW),
     "int8": ({"quant": ("int8_w8a8:128x128",), "bias": True}, LOW),
@@ -55,7 +56,7 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "fp8 tensor": ({"quant": ("fp8_w8a8:tensor",), "activation": "relu2_no_mul"}, LOW),
     "fp8 tensor, many segments": ({"quant": ("fp8_w8a8:tensor",), "intermediate_size": 3344}, LOW),
     "fp8 tensor, shard": ({"quant": ("fp8_w8a8:tensor",), "parallel": SHARD}, HIGH),
-    "fp8 tensor_token": ({"quant": ("fp8_w8a8:tensor_token",), "bias": True}, FLAT),
+    "fp8 tensor_token": ({"quant": ("fp8_w8a8:tensor_token",), "bias": True}, DEEP),
     "int8 channel": ({"quant": ("int8_w8a8:channel",), "bias": True}, LOW),
     "int8 tensor": ({"quant": ("int8_w8a8:tensor",)}, HIGH),
 }
@@ -69,7 +70,7 @@ def run(
         assert why_illegal(tile, layer.gemm(op), H200) is None
     weights = [Weight.of(name, arguments[name], arguments) for name in ("w13", "w2")]
     routing = (arguments["topk_weights"], arguments["topk_ids"], arguments.get("expert_map"), on_input)
-    sizes = stream_sizes(layer, tile, on_input)
+    sizes = stream_sizes(layer, tile, x.shape[0], on_input)
 
     def activation(*sides: torch.Tensor) -> torch.Tensor:
         together = torch.stack(sides, -1).flatten(-2) if layer.activation.interleaved else torch.cat(sides, -1)
@@ -95,6 +96,33 @@ def test_one_token(case: str, build: Callable[..., ModuleType]) -> None:
     if "shard" in case:
         check(package, make_inputs(layer, 1, 1, mapped=True), tile)
         check(package, make_inputs(layer, 1, 2, mapped=True, padding=0.3), tile)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "case"),
+    [
+        (2, "16 bit, tails"),
+        (3, "16 bit, shard"),
+        (5, "16 bit, high, bias"),
+        (2, "fp8, low"),
+        (3, "fp8, deep"),
+        (4, "fp8, shard"),
+        (5, "fp8, high, bias"),
+        (2, "fp8 channel, tails, interleaved"),
+        (3, "fp8 tensor"),
+        (5, "int8 channel"),
+    ],
+)
+def test_tokens(tokens: int, case: str, build: Callable[..., ModuleType]) -> None:
+    fields, tile = CASES[case]
+    package = build(**{**SMALL, **fields})
+    layer = package.LAYERS[0]
+    tile = replace(tile, BLOCK_SIZE_M=4 if tokens > 2 else 2)
+    for mapped in (False, True) if "shard" in case else (False,):
+        arguments = make_inputs(layer, tokens, 6, mapped=mapped, padding=0.2)
+        wide = torch.full((tokens, layer.hidden_size + 24), float("nan"), dtype=layer.dtype)
+        wide[:, :-24] = arguments["hidden_states"]  # rows apart, as the dispatcher may get them
+        check(package, {**arguments, "hidden_states": wide[:, :-24]}, tile)
 
 
 @pytest.mark.parametrize("quant", ["none", "fp8_w8a8:128x128", "fp8_w8a8:channel", "int8_w8a8:tensor"])
@@ -138,7 +166,7 @@ def test_activations_are_those_of_the_quantiser(
     quant: str, static: torch.Tensor | None, intermediate_size: int, build: Callable[..., ModuleType]
 ) -> None:
     package = build(**{**SMALL, "intermediate_size": intermediate_size}, quant=(quant,))
-    sizes, scheme = stream_sizes(package.LAYERS[0], LOW, False), Scheme.parse(quant)
+    sizes, scheme = stream_sizes(package.LAYERS[0], LOW, 1, False), Scheme.parse(quant)
     dtype, g = torch.int8 if "int8" in quant else torch.float8_e4m3fn, torch.Generator().manual_seed(1)
     ids, live = torch.tensor([4, -1, 1]), [0, 2]
     for size in (1.0, 1e-9):  # the latter is below the least steps

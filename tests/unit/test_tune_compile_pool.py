@@ -113,9 +113,19 @@ def test_the_lowest_rank_is_compiled_first() -> None:
     assert sorted(range(len(ranks)), key=ended.__getitem__) == [2, 3, 1, 4, 0]
 
 
+def wake(pool: CompilePool) -> None:
+    """Until all workers of SLOW have worked at the same time: a process takes longer to start than a job."""
+    for first in itertools.count(10, pool.workers):
+        futures = [pool.submit(jobs(bad(first + number))[1]) for number in range(pool.workers)]
+        found = [future.result(30) for future in futures]
+        if max(done.compiled for done in found) / 1e6 < min(done.seconds for done in found):
+            return
+
+
 def test_jobs_of_other_token_counts_wait_for_each_other_alone() -> None:
     """The first one's kernels are in the cache when the second one begins."""
     with CompilePool(3, worker=SLOW) as pool:
+        wake(pool)
         alike = [pool.submit(jobs(tokens=tokens)[1]) for tokens in (1, 16, 64)]
         other = pool.submit(jobs()[2]).result(30)
         found = sorted((future.result(30) for future in alike), key=lambda done: done.seconds)

@@ -18,7 +18,7 @@ from moegen.models import load_models, model_spec
 from moegen.plan import make_plan
 from moegen.runtime.activations import ACTIVATIONS, Activation
 from moegen.runtime.configs import RecordError, read_record
-from moegen.runtime.tile import LayerTiles
+from moegen.runtime.tile import FAMILIES, LayerTiles
 from moegen.spec import VariantSpec
 from moegen.tune import record as record_module
 from moegen.tune.fingerprint import current_kernels, package_kernels, spec_of, why_stale
@@ -417,20 +417,42 @@ def test_kernels_are_those_that_run(tmp_path: Path) -> None:
     edit("_kernels_silu.py", lambda text: "# a remark\n\n" + text)
     for name in ("_dispatch.py", "runtime/reduce.py", "runtime/kernel_parts.py"):
         edit(name, lambda text: text + "\nunused = 1\n")
-    for name in (
-        *(module for module in plan_modules(spec) if "int8" in module),
-        "runtime/quantise.py",
-        "runtime/stream_w8a8.py",
-    ):
+    for name in (*(module for module in plan_modules(spec) if "int8" in module), "runtime/quantise.py"):
         edit(name, more)
     assert package_kernels(folder, plain.slug) == before
     assert package_kernels(folder, other.slug) != current_kernels(other)
-    edit("runtime/cooperative_sizes.py", lambda text: text + "\nmore = 1\n")
-    portable, cooperative, stream = package_kernels(folder, plain.slug).split(".")
-    assert (portable, stream) == (before.split(".")[0], before.split(".")[2])
-    assert cooperative != before.split(".")[1]
     edit("runtime/kernel_parts.py", more)
-    assert not set(package_kernels(folder, plain.slug).split(".")) & {portable, cooperative, stream}
+    assert not set(package_kernels(folder, plain.slug).split(".")) & set(before.split("."))
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "plain", "quantised"),
+    [
+        ("align_kernels", "", ("portable", "cooperative"), ("portable", "cooperative")),
+        ("reduce", "", ("portable", "cooperative"), ("portable", "cooperative")),
+        ("quantise", "", (), ("portable", "cooperative")),  # stream quantises by itself
+        ("kernel_parts", "", FAMILIES, FAMILIES),
+        ("gluon_parts", "", ("cooperative", "stream"), ("cooperative", "stream")),
+        ("cooperative_sizes", "more = 1", ("cooperative",), ("cooperative",)),
+        ("stream_sizes", "more = 1", ("stream",), ("stream",)),
+        ("stream_kernel", "", ("stream",), ("stream",)),
+        ("stream_parts", "", ("stream",), ("stream",)),
+        ("stream_rows", "", ("stream",), ("stream",)),
+        ("stream_scales", "", ("stream",), ("stream",)),
+        ("stream", "more = 1", (), ()),
+    ],
+)
+def test_a_family_has_kernels_of_its_own(
+    module: str, change: str, plain: tuple[str, ...], quantised: tuple[str, ...], tmp_path: Path
+) -> None:
+    spec = small_spec(quant=("none", "int8_w8a8:channel"), name="edited")
+    folder = emit(make_plan(spec), tmp_path)
+    path = folder / "runtime" / f"{module}.py"
+    path.write_text(path.read_text() + "\n\n" + (change or "@triton.jit\ndef more(x):\n    return x") + "\n")
+    for variant, changed in zip(spec.variants(), (plain, quantised), strict=True):
+        pairs = [hashes.split(".") for hashes in (current_kernels(variant), package_kernels(folder, variant.slug))]
+        found = [family for family, one, other in zip(FAMILIES, *pairs, strict=True) if one != other]
+        assert tuple(found) == changed
 
 
 def plan_modules(spec: Any) -> list[str]:

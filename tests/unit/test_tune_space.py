@@ -60,6 +60,18 @@ def test_block_sizes_lie_around_the_mean_number_of_slots(tokens: int, sizes: tup
 
 
 @pytest.mark.parametrize("quant", ["fp8 block", "fp8", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 8])
+def test_the_family_stream_is_tried_where_its_tile_is_for_these_tokens(tokens: int, quant: str) -> None:
+    space = space_of(tokens, quant)
+    kinds = [kind for kind in space.kinds if kind.family == "stream"]
+    assert kinds == [Kind("stream", tokens)] * (tokens in (1, 2, 4))
+    for kind in kinds:
+        assert space.ops(kind) == ("gemm1",)
+        assert {tile.BLOCK_SIZE_M for tile in space.gemm1[kind].tiles} == {tokens}
+        assert space.gemm1[kind].tiles == space.gemm2[kind].tiles
+
+
+@pytest.mark.parametrize("quant", ["fp8 block", "fp8", "bf16"])
 @pytest.mark.parametrize(
     ("tokens", "sizes"), [(2048, (64, 128)), (512, (16, 32, 64, 128)), (16, (16, 32, 64)), (2, ())]
 )
