@@ -112,8 +112,10 @@ def pairs_of(layer: Any, tokens: int, device: DeviceFacts) -> dict[str, LayerTil
         PACKAGE: default_tiles(*gemms, tokens, device, low_latency),
         PORTABLE: default_tiles(*gemms, tokens, device, low_latency, portable=True),
     }
-    for family in (family for family in AXES if family != PORTABLE and (family != "stream" or tokens == 1)):
-        pairs |= {f"{family} {kind.block_m}": pair for kind, pair in family_starts(family, *gemms, device).items()}
+    for family in (family for family in AXES if family != PORTABLE):
+        for kind, pair in family_starts(family, *gemms, device).items():
+            if family != "stream" or kind.block_m == tokens:
+                pairs[f"{family} {kind.block_m}"] = pair
     return {label: pair for label, pair in pairs.items() if label == PACKAGE or pair != pairs[PACKAGE]}
 
 

@@ -52,7 +52,6 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
     "shard": ({"parallel": (Parallel(ep=2),)}, LOW),  # without and with an expert_map
     "fp8, low": (BLOCK, LOW_8),
     "fp8, low, 8 warps": (BLOCK, replace(LOW_8, num_warps=8)),
-    "fp8, high, 4 warps": (BLOCK, replace(HIGH_8, num_warps=4)),
     "fp8, high": ({**BLOCK, "hidden_size": 7168, "top_k": 8}, HIGH_8),
     "fp8, deep": (BLOCK, DEEP_8),
     "fp8, tails, bias, interleaved": (
@@ -70,13 +69,11 @@ CASES: dict[str, tuple[dict[str, Any], TileConfig]] = {
         HIGH_8,
     ),
     "fp8, channel, deep": (CHANNEL, DEEP_8),
-    "fp8, channel, high": ({**CHANNEL, "hidden_size": 7168, "top_k": 8}, HIGH_8),
     "fp8, channel, two segments": ({**CHANNEL, "intermediate_size": 1536}, LOW_8),
     "fp8, tensor": ({"quant": ("fp8_w8a8:tensor",)}, WIDE_8),
     "fp8, tensor, shard": ({"quant": ("fp8_w8a8:tensor",), "parallel": (Parallel(ep=2),)}, HIGH_8),
     "fp8, tensor and token": ({"quant": ("fp8_w8a8:tensor_token",)}, LOW_8),
     "int8, channel": ({"quant": ("int8_w8a8:channel",)}, WIDE_8),
-    "int8, channel, high": ({"quant": ("int8_w8a8:channel",)}, replace(HIGH_8, BLOCK_SIZE_K=512, num_stages=5)),
     "int8, tensor": ({"quant": ("int8_w8a8:tensor",), "activation": "relu2_no_mul"}, LOW_8),
 }
 

@@ -1,7 +1,8 @@
-"""The kernels of the family "stream" run as ordinary Python on torch tensors: what they compute, without layouts, rings
-and barriers. Blocks run one after another, the whole grid twice: the second time `hidden` is what the first one wrote.
+"""The kernel of the family "stream" run as ordinary Python on torch tensors: what it computes, without layouts, rings
+and barriers. Blocks run one after another, the whole grid twice: as far as its barrier, then with the `hidden` of that.
 """
 
+import itertools
 import types
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -225,6 +226,14 @@ def as_python(block: int, blocks: int, **more: Any) -> Callable[[ModuleType], Si
     return lambda module: SimpleNamespace(**globals_of(vars(module)))
 
 
+class _BarrierError(Exception):
+    """Where a block waits for all others, which have not begun."""
+
+
+def _end_of_gemm1(*_: object) -> None:
+    raise _BarrierError
+
+
 def run_as_python(
     sizes: StreamSizes,
     call: Any,
@@ -238,8 +247,9 @@ def run_as_python(
     routing = tuple(None if t is None else Pointer(t) for t in (call.topk_weights, call.topk_ids, call.expert_map))
     biases = [None if w.bias is None else Pointer(w.bias) for w in (w13, w2)]
     static = [None if w.input_scale is None else Pointer(w.input_scale) for w in (w13, w2)]
-    for block in [*range(blocks), *range(blocks)]:
-        kernel, ring = as_python(block, blocks)(stream_kernel), Ring(sizes, w13.values.dtype)
+    for first, block in itertools.product((True, False), range(blocks)):
+        more = {"weigh_parts": _end_of_gemm1} if first else {}
+        kernel, ring = as_python(block, blocks, **more)(stream_kernel), Ring(sizes, w13.values.dtype)
         tiles = (ring, ring, ring)
         kernel._stream_weights(*descriptors, routing, tiles, None, sizes)
         shared = _shared_memory(sizes, w13.values.dtype)
@@ -247,11 +257,14 @@ def run_as_python(
             scales = [Pointer(scale_bytes(w.scale)) for w in (w13, w2)]
             kernel.gather_scales(*scales, routing, shared[2], SimpleNamespace(index=lambda _: None), sizes)
         signals = (SimpleNamespace(index=lambda _: None), None, None)
-        kernel._multiply(
-            Pointer(x.contiguous()), *static, *biases, Pointer(hidden), Pointer(call.out), call.out.stride(0), routing,
-            tiles, shared, signals, activation, sizes,
-        )  # fmt: skip
-        assert not ring.loaded, "a tile was loaded that nobody took"
+        try:
+            kernel._multiply(
+                Pointer(x.contiguous()), *static, *biases, Pointer(hidden), Pointer(call.out), call.out.stride(0),
+                routing, tiles, shared, signals, activation, sizes,
+            )  # fmt: skip
+            assert not ring.loaded, "a tile was loaded that nobody took"
+        except _BarrierError:
+            assert first
     return call.out
 
 

@@ -113,7 +113,9 @@ def test_which_tiles_run_both_gemms_in_one_launch(
 @pytest.mark.parametrize(
     ("tokens", "group_n", "family"),
     [
-        (4, 128, "portable"),  # a quarter of a slot an expert
+        (4, 128, "stream"),
+        (4, 256, "stream"),
+        (5, 128, "portable"),
         (1024, 128, "cooperative"),
         (16384, 128, "cooperative"),
         (16384, 256, "portable"),
