@@ -50,9 +50,10 @@ def weigh_parts(routing, weights, S: gl.constexpr):
         part = gl.arange(0, S.segment, layout=gl.BlockedLayout([1], [32], [S.warps], [0]))
         slot, inside, _ = _slots_of(segment * S.segment + part, S)
         inside = inside & (expert_of(routing, slot, S) >= 0)
-        weight = gl.where(inside, 1.0, 0.0)
-        if not S.weight_on_input:
-            weight *= gl.load(routing[0] + slot).to(gl.float32)
+        if S.weight_on_input:
+            weight = gl.where(inside, 1.0, 0.0)
+        else:
+            weight = gl.where(inside, gl.load(routing[0] + slot).to(gl.float32), 0.0)  # of padding it may be anything
         weights.index(segment).store(weight)
 
 

@@ -131,7 +131,10 @@ def test_padding_and_repeats(quant: str, build: Callable[..., ModuleType]) -> No
     layer = package.LAYERS[0]
     arguments = make_inputs(layer, 1, 3, padded_rows=16)
     for ids in ([[-1, 2, 4]], [[5, -1, 5]], [[6, 100, 3]]):
+        anything = torch.where(torch.tensor(ids) < 0, torch.nan, arguments["topk_weights"])
+        got, _ = run(package, {**arguments, "topk_ids": torch.tensor(ids), "topk_weights": anything}, LOW)
         check(package, {**arguments, "topk_ids": torch.tensor(ids)}, LOW)
+        assert got.isfinite().all(), "the router's weight of padding counts"
     got, _ = run(package, {**arguments, "topk_ids": torch.full((1, 3), -1)}, LOW)
     assert not got.any()
     unread = {name: value[:0] for name, value in arguments.items() if name.endswith(("_scale", "_bias"))}
