@@ -113,9 +113,8 @@ def pairs_of(layer: Any, tokens: int, device: DeviceFacts) -> dict[str, LayerTil
         PORTABLE: default_tiles(*gemms, tokens, device, low_latency, portable=True),
     }
     for family in (family for family in AXES if family != PORTABLE):
-        for kind, pair in family_starts(family, *gemms, device).items():
-            if family != "stream" or kind.block_m == tokens:
-                pairs[f"{family} {kind.block_m}"] = pair
+        starts = family_starts(family, *gemms, tokens, device)
+        pairs |= {f"{family} {kind.block_m}": pair for kind, pair in starts.items()}
     return {label: pair for label, pair in pairs.items() if label == PACKAGE or pair != pairs[PACKAGE]}
 
 

@@ -63,7 +63,7 @@ def pairs(layer: Any, tokens: int) -> dict[str, LayerTiles]:
     if tokens == 1:
         return {}
     gemms, device = (layer.gemm("gemm1"), layer.gemm("gemm2")), device_facts(torch.cuda.current_device())
-    starts = family_starts("cooperative", *gemms, device)
+    starts = family_starts("cooperative", *gemms, tokens, device)
     return {f"cooperative {kind.block_m}": pair for kind, pair in starts.items()}
 
 

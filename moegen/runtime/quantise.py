@@ -93,8 +93,7 @@ def quantise(
     routing = slots if slots is not None else Slots()
     if scheme.kind == "tensor":
         return _by_tensor(x, room, static_scale, routing, largest, pdl, beside)
-    group = _FAKE_GROUP if fake else scheme.group_k or depth
-    groups = triton.cdiv(depth, group)
+    group, groups = _FAKE_GROUP if fake else scheme.group_k or depth, scale.shape[1]
     group_block = triton.next_power_of_2(group)
     per_program = max(1, _PROGRAM_VALUES // group_block)
     _quantise_groups[(triton.cdiv(rows * groups, per_program),)](

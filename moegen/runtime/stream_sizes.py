@@ -19,6 +19,7 @@ class StreamSizes:
     """What a compiled stream kernel is for; one constexpr instead of many.
 
     num_experts     those that ids count in; local_experts have weights here
+    tokens          of the call
     value_bytes     of a weight and of an activation as it is multiplied: 1 or 2
     quantised       whether weights and activations have 8 bits, which the fields down to `least` are about
     group_n, group_k  weight rows and steps of the reduction that share a scale, 0 = all

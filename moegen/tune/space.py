@@ -164,9 +164,13 @@ class LayerSpace:
         return tiles.gemm1 in self.gemm1[kind] and tiles.gemm2 in self.gemm2[kind]
 
 
-def family_starts(family: str, gemm1: Gemm, gemm2: Gemm, device: DeviceFacts) -> dict[Kind, LayerTiles]:
-    """The heuristic's pair at each BLOCK_SIZE_M of a family other than the portable one, where that serves."""
-    found = (family_tiles(family, gemm1, gemm2, size, device) for size in AXES[family]["BLOCK_SIZE_M"])
+def family_starts(family: str, gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts) -> dict[Kind, LayerTiles]:
+    """The heuristic's pair at each BLOCK_SIZE_M of a family other than the portable one, where that serves.
+
+    That of "stream" is the bucket's token count.
+    """
+    sizes = (size for size in AXES[family]["BLOCK_SIZE_M"] if family != "stream" or size == tokens)
+    found = (family_tiles(family, gemm1, gemm2, size, device) for size in sizes)
     return {kind_of(pair): pair for pair in found if pair}
 
 
@@ -188,11 +192,10 @@ def layer_space(
     starts = _portable_starts(gemm1, gemm2, tokens, device, low_latency)
     if "cooperative" in families and tokens * gemm1.top_k * gemm1.rows >= COOPERATIVE_ROWS * device.num_sms:
         mean = mean_slots(gemm1, tokens)
-        found = family_starts("cooperative", gemm1, gemm2, device)
+        found = family_starts("cooperative", gemm1, gemm2, tokens, device)
         starts |= {kind: pair for kind, pair in found.items() if mean / 2 <= kind.block_m <= max(64, 8 * mean)}
     if "stream" in families:
-        found = family_starts("stream", gemm1, gemm2, device)
-        starts |= {kind: pair for kind, pair in found.items() if kind.block_m == tokens}
+        starts |= family_starts("stream", gemm1, gemm2, tokens, device)
     starts[kind_of(default)] = default
 
     def space(gemm: Gemm, pair: LayerTiles) -> Space:
