@@ -1,4 +1,8 @@
-"""Every form of the kernels compiles for every target with both supported Tritons, without a GPU."""
+"""The kernels compile for every target with both supported Tritons, without a GPU.
+
+Every form does for cuda:90 and hip:gfx942 with the installed Triton. Elsewhere the few do that a back end may treat in
+its own way: each form takes a second, and what the others add is arithmetic that all back ends have in common.
+"""
 
 import json
 import os
@@ -18,9 +22,9 @@ from moegen.emit import emit
 from moegen.load import import_package
 from moegen.plan import make_plan
 from tests.compile.sweep import (
-    ALL_TILES,
     COOPERATIVE_CASES,
     COOPERATIVE_KERNELS,
+    FEW,
     LOW_LATENCY,
     SCHEMES,
     TILED,
@@ -53,11 +57,16 @@ TINY = {"num_experts": 8, "top_k": 2, "hidden_size": 64, "intermediate_size": 64
 Record = dict[str, Any]
 
 
+def is_few(target: str, older: bool) -> bool:
+    return older or target not in ("cuda:90", "hip:gfx942")
+
+
 def sweep(folder: Path, target: str, triton_folder: Path | None) -> list[Record]:
     """Run tests/compile/sweep.py with the installed Triton or the one in `triton_folder`."""
+    how_many = "few" if is_few(target, triton_folder is not None) else "all"
     path = [str(ROOT), *([str(triton_folder)] if triton_folder else [])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-m", "tests.compile.sweep", str(folder), target]
+    command = [sys.executable, "-m", "tests.compile.sweep", str(folder), target, how_many]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
     assert done.returncode == 0, done.stderr[-4000:]
     return list(json.loads(done.stdout))
@@ -113,7 +122,7 @@ def _tensor_core_complaints(record: Record) -> list[str]:
 
 @pytest.mark.parametrize("older", [False, True], ids=["installed", OLDER])
 @pytest.mark.parametrize("target", WANTED)
-def test_every_form_compiles(target: str, older: bool, tmp_path: Path) -> None:
+def test_forms_compile(target: str, older: bool, tmp_path: Path) -> None:
     if older and not OLDER_FOLDER.is_dir():
         pytest.skip(f"Triton {OLDER} is not there: pip install --no-deps --target {OLDER_FOLDER.name} triton=={OLDER}")
     records = sweep(tmp_path, target, OLDER_FOLDER if older else None)
@@ -121,22 +130,19 @@ def test_every_form_compiles(target: str, older: bool, tmp_path: Path) -> None:
     shown = ("case", "layer", "kernel", "tokens", "constants")
     wrong = [(*(record[key] for key in shown), text) for record in records for text in complaints(record)]
     assert wrong == []
-    assert_complete(records, target)
+    assert_complete(records, target, is_few(target, older))
 
 
-def assert_complete(records: list[Record], target: str) -> None:
+def assert_complete(records: list[Record], target: str, few: bool) -> None:
     """Nothing was left out: every case has both GEMMs and the reduce, aligned ones the sort as well."""
-    for case, (fields, tokens) in cases(target).items():
+    for case, (_, tokens) in cases(target, few).items():
         own = [record for record in records if record["case"] == case]
         kernels = {record["kernel"] for record in own}
         if case in NO_FP8.get(target, ()):  # the first kernel that does not compile is named, the rest is not tried
             assert any(record["error"] is not None for record in own), case
             continue
-        gemms = {COOPERATIVE_KERNELS[2]} if COOPERATIVE_KERNELS[2] in kernels else set(GEMMS)
-        assert {*gemms, "top_k_reduce_kernel"} <= kernels, case
+        assert {*GEMMS, "top_k_reduce_kernel"} <= kernels, case
         assert tokens == LOW_LATENCY or any(kernel.startswith("align") for kernel in kernels), case
-        sixteen_bits = not {"quant", "dtypes"} & set(fields) or fields.get("dtypes") == ("float16",)
-        assert (STREAM in kernels) == (target == "cuda:90" and sixteen_bits and tokens != ALL_TILES), case
     own = [record for record in records if record["case"] in COOPERATIVE_CASES]
     compiled = {
         case: {record["kernel"] for record in own if record["case"] == case} for case in {r["case"] for r in own}
@@ -144,13 +150,14 @@ def assert_complete(records: list[Record], target: str) -> None:
     assert set(compiled) == (set(COOPERATIVE_CASES) if target == "cuda:90" else set())
     assert all(kernels in (set(COOPERATIVE_KERNELS[:2]), {COOPERATIVE_KERNELS[2]}) for kernels in compiled.values())
     blocks = {constants(r)["BLOCK_SIZE_M"] for r in records if r["case"] == "tiles" and r["kernel"] in GEMMS}
-    assert {"16", "32", "64", "128"} <= blocks
+    assert few or {"16", "32", "64", "128"} <= blocks
 
 
 def test_every_scheme_and_tile_of_the_h200_is_compiled() -> None:
     for target in WANTED:
-        assert {quant for quant in SCHEMES if quant in cases(target)} == set(SCHEMES)
-    assert {f"{quant}, tiles" for quant in TILED} <= set(cases("cuda:90"))
+        assert set(FEW) == set(cases(target, few=True))
+        assert set(SCHEMES) <= set(cases(target, few=False))
+    assert {f"{quant}, tiles" for quant in TILED} <= set(cases("cuda:90", few=False))
 
 
 def test_fp8_weights_are_those_of_the_target(tmp_path: Path) -> None:

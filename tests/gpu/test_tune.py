@@ -22,7 +22,7 @@ from moegen.runtime.tile import LayerTiles, TileConfig, why_illegal
 from moegen.tune.client import GpuMeasurer
 from moegen.tune.compile_pool import CompilePool
 from moegen.tune.trial import Measurement
-from tests.support import tune_workers
+from tests.support import misbehaviour
 from tests.support.packages import spec_of
 
 pytestmark = [
@@ -162,7 +162,7 @@ def test_a_failure_is_a_result_and_the_next_config_is_measured(
     folder = packages["small"]
     with measurer(folder, pool, "Saboteur", time_limit_s=8.0) as gpu:
         good = default_of(folder, gpu, 64)
-        bad = replace(good, gemm1=replace(good.gemm1, GROUP_SIZE_M=getattr(tune_workers, kind)))
+        bad = replace(good, gemm1=replace(good.gemm1, GROUP_SIZE_M=getattr(misbehaviour, kind)))
         gpu.prefetch(64, [good, bad])
         first = gpu.measure(64, good, None)
         began = time.perf_counter()

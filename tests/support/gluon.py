@@ -2,6 +2,9 @@
 and barriers. Blocks run one after another, the whole grid twice: as far as its barrier, then with the `hidden` of that.
 """
 
+import ast
+import functools
+import inspect
 import itertools
 import types
 from collections.abc import Callable
@@ -17,16 +20,33 @@ from moegen.runtime.stream_sizes import StreamSizes
 from moegen.runtime.weight import scale_bytes
 
 
-class Values(torch.Tensor):
-    """A tensor of the language, which nothing changes in place."""
+class _OnTensors(ast.NodeTransformer):
+    """Of a kernel's function: nothing is changed in place, as in the language, and no tensor has a layout."""
 
-    type = property(lambda _: SimpleNamespace(layout=SimpleNamespace(parent=None)))  # type: ignore[assignment]
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        assert isinstance(node.target, ast.Name)
+        before = ast.Name(node.target.id, ast.Load())
+        return ast.Assign([node.target], ast.BinOp(before, node.op, self.visit(node.value)))
 
-    def __iadd__(self, other: Any) -> "Values":  # type: ignore[override, misc]
-        return self + other  # type: ignore[no-any-return]
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        return ast.Name("_type", ast.Load()) if node.attr == "type" else node
 
-    def __imul__(self, other: Any) -> "Values":  # type: ignore[override, misc]
-        return self * other  # type: ignore[no-any-return]
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.decorator_list = []
+        return self.generic_visit(node)
+
+
+@functools.cache
+def _code_on_tensors(function: types.FunctionType) -> types.CodeType:
+    lines, first = inspect.getsourcelines(function)
+    tree = _OnTensors().visit(ast.parse("from __future__ import annotations\n" + "".join(lines)))
+    ast.increment_lineno(ast.fix_missing_locations(tree), first - 2)
+    names: dict[str, Any] = {}
+    exec(compile(tree, function.__code__.co_filename, "exec"), names)  # noqa: S102
+    code = names[function.__name__].__code__
+    assert isinstance(code, types.CodeType)
+    return code
 
 
 class Pointer:
@@ -54,8 +74,8 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.memory.permute(order))
 
-    def load(self, _layout: object) -> Values:
-        return self.memory.clone().as_subclass(Values)
+    def load(self, _layout: object) -> torch.Tensor:
+        return self.memory.clone()
 
     def store(self, values: torch.Tensor) -> None:
         assert values.dtype == self.dtype
@@ -111,7 +131,7 @@ def load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: object) -> Any
     plain = memory.view(torch.uint8) if memory.dtype.itemsize == 1 else memory  # torch indexes no float8
     found = torch.full(index.shape, other, dtype=plain.dtype)
     found[mask] = plain[index[mask]]  # what is masked may lie outside
-    return found.view(memory.dtype).as_subclass(Values)
+    return found.view(memory.dtype)
 
 
 def _store(pointer: Pointer, values: torch.Tensor, mask: Any = None) -> None:
@@ -122,23 +142,23 @@ def _store(pointer: Pointer, values: torch.Tensor, mask: Any = None) -> None:
     pointer.memory.view(-1).view(plain)[index[mask]] = values.view(plain)[mask]
 
 
-def _split(values: torch.Tensor) -> tuple[Values, Values]:
+def _split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     first, second = values.unbind(-1)
-    return first.as_subclass(Values), second.as_subclass(Values)
+    return first, second
 
 
 def _where(condition: Any, one: Any, other: Any) -> Any:
     if isinstance(condition, bool):
         return one if condition else other
-    return torch.where(condition, one, other).as_subclass(Values)
+    return torch.where(condition, one, other)
 
 
-def _product(ring: Ring, window: Shared, zero: torch.Tensor, **_: object) -> Values:
-    return (ring.take().float() @ window.memory.float()).to(zero.dtype).as_subclass(Values)
+def _product(ring: Ring, window: Shared, zero: torch.Tensor, **_: object) -> torch.Tensor:
+    return (ring.take().float() @ window.memory.float()).to(zero.dtype)
 
 
 def _either(pick: Callable[..., Any], a: Any, b: Any) -> Any:
-    return pick(torch.as_tensor(a), torch.as_tensor(b)).as_subclass(Values)
+    return pick(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def language(block: int, blocks: int) -> SimpleNamespace:
@@ -154,8 +174,8 @@ def language(block: int, blocks: int) -> SimpleNamespace:
         BlockedLayout=nothing,
         NVMMADistributedLayout=nothing,
         SliceLayout=nothing,
-        arange=lambda start, end, **_: torch.arange(start, end).as_subclass(Values),
-        zeros=lambda shape, dtype, **_: torch.zeros(shape, dtype=dtype).as_subclass(Values),
+        arange=lambda start, end, **_: torch.arange(start, end),
+        zeros=lambda shape, dtype, **_: torch.zeros(shape, dtype=dtype),
         expand_dims=lambda values, axis: values.unsqueeze(axis),
         reshape=lambda values, shape: values.reshape(shape),
         permute=lambda values, order: values.permute(order),
@@ -207,6 +227,7 @@ def as_python(block: int, blocks: int, **more: Any) -> Callable[[ModuleType], Si
         "divide": lambda values, step: values / step,
         "to_8_bit": _to_8_bit,
         "decode_scale": _decode_scale,
+        "_type": SimpleNamespace(layout=SimpleNamespace(parent=None)),
         **more,
     }
     made: dict[str, dict[str, Any]] = {}
@@ -220,7 +241,7 @@ def as_python(block: int, blocks: int, **more: Any) -> Callable[[ModuleType], Si
                     own[key] = value.value
                 elif isinstance(value, triton.JITFunction) and key not in stand_ins:
                     function = value.fn
-                    own[key] = types.FunctionType(function.__code__, globals_of(function.__globals__), key)
+                    own[key] = types.FunctionType(_code_on_tensors(function), globals_of(function.__globals__), key)
         return made[name]
 
     return lambda module: SimpleNamespace(**globals_of(vars(module)))

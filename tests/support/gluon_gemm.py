@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moegen.runtime import cooperative_kernel
-from tests.support.gluon import Pointer, Shared, Values, as_python, language, load, read_block
+from tests.support.gluon import Pointer, Shared, as_python, language, load, read_block
 
 PROGRAMS = 3
 LONGEST_S = 30.0  # a wait
@@ -93,7 +93,7 @@ def _tile_order(tile: int, num_m: int, num_n: int, group: int) -> tuple[int, int
 
 def _multiply(a: Memory, w: Memory, sums: torch.Tensor, *, use_acc: bool, **_: object) -> torch.Tensor:
     product = a.memory.double() @ w.memory.double()
-    return (sums.double() + product if use_acc else product).to(sums.dtype).as_subclass(Values)
+    return (sums.double() + product if use_acc else product).to(sums.dtype)
 
 
 def _gather(buffer: Memory, pointers: Pointer, mask: Any = None) -> None:

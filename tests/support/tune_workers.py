@@ -1,8 +1,6 @@
 """Workers for the tuner's child processes that misbehave on demand; a child imports them by name."""
 
 import os
-import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,41 +17,9 @@ from moegen.tune.compile_pool import Compilation, Job
 from moegen.tune.gpu import Answer, Compare, Describe, GpuWorker, Measure, Prepare, Setup, package_call
 from moegen.tune.space import OPS
 from moegen.tune.trial import Measurement
+from tests.support.misbehaviour import EXIT, HANG, ILLEGAL, OUT_OF_MEMORY, UNWRITTEN, WRONG, misbehave
 
 H200 = DeviceFacts("NVIDIA H200", "cuda", "90", 132, 232_448)
-# GROUP_SIZE_M of gemm1 says what happens; any other value is a good config.
-WRONG, UNWRITTEN, HANG, ILLEGAL, EXIT, OUT_OF_MEMORY, RAISE, SEGFAULT, KILLED, NOISY = range(901, 911)
-
-
-def misbehave(kind: int) -> None:
-    """What can befall any process."""
-    if kind == HANG:
-        time.sleep(3600)
-    if kind == EXIT:
-        sys.stderr.write("no way out\n")
-        sys.stderr.flush()
-        os._exit(3)
-    if kind in (SEGFAULT, KILLED):
-        os.kill(os.getpid(), signal.SIGSEGV if kind == SEGFAULT else signal.SIGKILL)
-    if kind == RAISE:
-        raise RuntimeError("first line\nsecond line")
-    if kind == NOISY:
-        sys.stdout.write("\x00garbage\n" * 100_000)
-        sys.stdout.flush()
-
-
-class Echo:
-    """Misbehaves if the request is one of the kinds, else returns (request, process id, made with)."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.arguments = arguments
-        if arguments == ("refuse",):
-            raise ValueError("not with me")
-
-    def __call__(self, request: object) -> object:
-        if isinstance(request, int):
-            misbehave(request)
-        return request, os.getpid(), self.arguments
 
 
 class FakeCompiler:

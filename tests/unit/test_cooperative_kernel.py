@@ -157,7 +157,7 @@ def run(
     assignment = align_vectorised(call.topk_ids, block, experts, expert_map, True, True)
     counters = torch.zeros(2 + assignment.expert_ids.numel(), dtype=torch.int32)
     first_rows = first_rows_of(assignment, block, call.topk_ids.numel())
-    cooperative.run_cooperative(layer, call, tiles, (*assignment, first_rows), counters, experts)
+    cooperative.run_cooperative(layer, call, tiles, (*assignment, first_rows), counters, experts, room=None)
     return call.out
 
 

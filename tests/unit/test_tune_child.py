@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from moegen.tune.child import Child, ChildDiedError, ChildRaisedError, ChildTimeoutError
-from tests.support.tune_workers import EXIT, HANG, KILLED, NOISY, RAISE, SEGFAULT
+from tests.support.misbehaviour import EXIT, HANG, KILLED, NOISY, RAISE, SEGFAULT
 
-ECHO = "tests.support.tune_workers:Echo"
+ECHO = "tests.support.misbehaviour:Echo"
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     script.write_text(
         "import os, threading, time\n"
         "from moegen.tune.child import Child\n"
-        "from tests.support.tune_workers import HANG\n"
+        "from tests.support.misbehaviour import HANG\n"
         "if __name__ == '__main__':\n"
         f"    child = Child({ECHO!r})\n"
         "    print(child.call('who', 30)[1], flush=True)\n"

@@ -11,7 +11,8 @@ from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.client import GpuMeasurer, MeasurerError
 from moegen.tune.compile_pool import CompilePool
 from moegen.tune.trial import Measurement
-from tests.support.tune_workers import EXIT, H200, HANG, ILLEGAL, KILLED, NOISY, RAISE, SEGFAULT, WRONG
+from tests.support.misbehaviour import EXIT, HANG, ILLEGAL, KILLED, NOISY, RAISE, SEGFAULT, WRONG
+from tests.support.tune_workers import H200
 
 GPU = "tests.support.tune_workers:FakeGpu"
 GOOD = LayerTiles(TileConfig(16, 64, 128), TileConfig(16, 128, 64))
@@ -25,7 +26,14 @@ def pool() -> Iterator[CompilePool]:
 
 
 @pytest.fixture
+def fresh(pool: CompilePool) -> Iterator[GpuMeasurer]:
+    with GpuMeasurer(Path("/package"), "layer", 0, pool, worker=GPU, time_limit_s=1.0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def gpu(pool: CompilePool) -> Iterator[GpuMeasurer]:
+    """One for many tests, which starts a process only after one was lost: each start takes seconds."""
     with GpuMeasurer(Path("/package"), "layer", 0, pool, worker=GPU, time_limit_s=1.0) as made:
         yield made
 
@@ -40,14 +48,14 @@ def process_of(measurement: Measurement) -> str:
     return measurement.message.split()[0]
 
 
-def test_it_measures_in_one_process(gpu: GpuMeasurer) -> None:
-    assert gpu.device == H200
-    gpu.prefetch(16, [GOOD, WIDE])
-    first, second = gpu.measure(16, GOOD, None), gpu.measure(16, WIDE, 64.0)
+def test_it_measures_in_one_process(fresh: GpuMeasurer) -> None:
+    assert fresh.device == H200
+    fresh.prefetch(16, [GOOD, WIDE])
+    first, second = fresh.measure(16, GOOD, None), fresh.measure(16, WIDE, 64.0)
     assert (first.us, second.us) == (64.0, 256.0)
-    other = gpu.measure(4096, GOOD, None)
+    other = fresh.measure(4096, GOOD, None)
     assert process_of(first) == process_of(second) == process_of(other)
-    usage = gpu.usage
+    usage = fresh.usage
     assert (dict(usage.statuses), usage.starts, usage.compiled) == ({"ok": 3}, 1, 3)
     assert min(usage.waiting_s, usage.preparing_s, usage.measuring_s) > 0
 
@@ -68,38 +76,38 @@ def test_it_measures_in_one_process(gpu: GpuMeasurer) -> None:
 def test_a_failure_is_a_measurement(
     gpu: GpuMeasurer, kind: int, status: str, message: str | None, replaced: bool
 ) -> None:
-    before = process_of(gpu.measure(16, GOOD, None))
+    before, starts, counted = process_of(gpu.measure(16, GOOD, None)), gpu.usage.starts, gpu.usage.statuses[status]
     found = gpu.measure(16, bad(kind), None)
     assert found.status == status
     if message is not None:
         assert (found.us, found.message) == (None, message)
     after = process_of(gpu.measure(16, GOOD, None))
     assert (before != after) == replaced
-    assert gpu.usage.starts == 1 + replaced
-    assert gpu.usage.statuses[status] >= 1
+    assert gpu.usage.starts == starts + replaced
+    assert gpu.usage.statuses[status] > counted
 
 
-def test_the_anchor_is_the_first_config_that_worked_in_whatever_process(gpu: GpuMeasurer) -> None:
+def test_the_anchor_is_the_first_config_that_worked_in_whatever_process(fresh: GpuMeasurer) -> None:
     pairs = [(16, bad(WRONG)), (16, WIDE), (16, GOOD), (16, bad(EXIT)), (16, GOOD), (64, GOOD), (64, WIDE), (16, WIDE)]
-    found = [gpu.measure(tokens, pair, None) for tokens, pair in pairs]
+    found = [fresh.measure(tokens, pair, None) for tokens, pair in pairs]
     anchors = [one.message.split()[1] for one in found if one.status == "ok"]
     assert anchors == ["None", "256", "256", "None", "64", "256"]
 
 
-def test_a_bucket_is_set_up_while_its_first_config_compiles(gpu: GpuMeasurer) -> None:
+def test_a_bucket_is_set_up_while_its_first_config_compiles(fresh: GpuMeasurer) -> None:
     refused = replace(GOOD, gemm2=replace(GOOD.gemm2, num_stages=8))
-    assert gpu.measure(16, refused, None).us is None
-    before = gpu.usage.preparing_s
-    assert gpu.measure(16, GOOD, None).us == 64.0
-    assert gpu.usage.preparing_s == before
+    assert fresh.measure(16, refused, None).us is None
+    before = fresh.usage.preparing_s
+    assert fresh.measure(16, GOOD, None).us == 64.0
+    assert fresh.usage.preparing_s == before
 
 
-def test_what_does_not_compile_never_reaches_the_gpu(gpu: GpuMeasurer) -> None:
+def test_what_does_not_compile_never_reaches_the_gpu(fresh: GpuMeasurer) -> None:
     refused = replace(GOOD, gemm2=replace(GOOD.gemm2, num_stages=8))
-    found = gpu.measure(16, refused, None)
+    found = fresh.measure(16, refused, None)
     assert found == Measurement("resources", message="gemm2: too large")
-    assert gpu.usage.measuring_s == 0
-    assert [result.status for result in gpu.compare(16, [GOOD, refused, GOOD])] == ["ok", "resources", "ok"]
+    assert fresh.usage.measuring_s == 0
+    assert [result.status for result in fresh.compare(16, [GOOD, refused, GOOD])] == ["ok", "resources", "ok"]
 
 
 @pytest.mark.parametrize(("kind", "status"), [(HANG, "timeout"), (EXIT, "crash"), (ILLEGAL, "crash"), (WRONG, "wrong")])

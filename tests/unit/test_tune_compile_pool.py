@@ -21,8 +21,9 @@ from moegen.runtime.tile import LayerTiles, TileConfig
 from moegen.tune.child import Child
 from moegen.tune.compile_pool import CompilePool, Job, failure_of, jobs_of
 from moegen.tune.trial import NEXT, PERHAPS, SOON
+from tests.support.misbehaviour import EXIT, HANG, KILLED, NOISY, RAISE, SEGFAULT
 from tests.support.packages import spec_of
-from tests.support.tune_workers import EXIT, H200, HANG, KILLED, NOISY, RAISE, SEGFAULT
+from tests.support.tune_workers import H200
 
 FAKE = "tests.support.tune_workers:FakeCompiler"
 GOOD = LayerTiles(TileConfig(16, 64, 128), TileConfig(16, 128, 64, PDL=True))
