@@ -1,4 +1,4 @@
-"""Compile the family "stream" for cuda:90 in one process: `python -m tests.compile.stream_sweep FOLDER`.
+"""Compile the family "stream" for cuda:90 in one process: `python -m tests.compile.stream_sweep FOLDER CASE …`.
 
 Packages go below FOLDER, each with a config record; stdout is one JSON list, a record a kernel.
 """
@@ -85,10 +85,11 @@ def package_with_record(folder: Path, fields: dict[str, Any], tile: TileConfig, 
     return package
 
 
-def main(folder: str) -> None:
-    """Compile all cases and print what came out."""
+def main(folder: str, *names: str) -> None:
+    """Compile the named cases and print what came out."""
     records = []
-    for number, (case, (fields, tile)) in enumerate(CASES.items()):
+    for number, case in enumerate(names):
+        fields, tile = CASES[case]
         package = package_with_record(Path(folder) / str(number), fields, tile, TARGETS[TARGET])
         compiled = _compile_target((str(package), TARGET, most_tokens(tile.BLOCK_SIZE_M)))
         least = tile.BLOCK_SIZE_M - tile.BLOCK_SIZE_M // 4  # token counts below have a bucket of their own

@@ -46,11 +46,11 @@ PLAIN_CASES: dict[str, tuple[dict[str, Any], int]] = {
 # Every way to store weights; g64 and the ue8m0 form of blocks differ from their neighbours in numbers alone.
 SCHEMES = tuple(q for q in SMALL_SCHEMES if q not in ("int4_w4a16:g64", "fp8_w8a8:32x32"))
 # One scheme a kind of product, with every tile of the heuristic: on cuda:90 they must become wgmma.
-TILED = ("fp8_w8a8:channel", "fp8_w8a8:128x128", "int8_w8a8:channel", "int4_w4a16:g128z", "mxfp4_w4a16")
+TILED = ("int8_w8a8:channel", "fp8_w8a8:128x128", "int4_w4a16:g128z", "mxfp4_w4a16")
 # What a compiler's back end may treat in its own way: types, ways to decode and to multiply, both assignments.
 FEW = (
-    "tails", "float32", "shard", "silu, bias", "fp8_w8a8:tensor", "fp8_w8a8:channel", "fp8_w8a8:128x128",
-    "int8_w8a8:channel", "int8_w8a16:g32z", "int4_w4a16:g32z", "mxfp4_w4a16", "mxfp4_w4a8", "nvfp4_w4a16", "mxfp8",
+    "tails", "float32", "shard", "fp8_w8a8:tensor", "fp8_w8a8:128x128", "int8_w8a8:channel", "int4_w4a16:g32z",
+    "mxfp4_w4a8", "nvfp4_w4a16",
 )  # fmt: skip
 
 # The family "cooperative": every form of its kernels, a tile pair each.
