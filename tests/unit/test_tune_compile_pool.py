@@ -39,7 +39,7 @@ def jobs(tiles: LayerTiles = GOOD, tokens: int = 1) -> list[Job]:
 
 @pytest.fixture(scope="module")
 def fake() -> Iterator[CompilePool]:
-    with CompilePool(2, worker=FAKE, time_limit_s=1.0) as pool:
+    with CompilePool(2, worker=FAKE, time_limit_s=3.0) as pool:
         yield pool
 
 
@@ -70,7 +70,7 @@ def test_a_job_is_done_once(fake: CompilePool) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (HANG, r"^gemm1: compiler: no answer within 1 s$"),
+        (HANG, r"^gemm1: compiler: no answer within 3 s$"),
         (RAISE, r"^gemm1: compiler: RuntimeError: first line$"),
         (EXIT, r"^gemm1: compiler: the process ended with exit code 3: no way out$"),
         (SEGFAULT, r"^gemm1: compiler: the process was killed by SIGSEGV$"),
