@@ -81,7 +81,7 @@ def _sources(scheme: Scheme) -> dict[str, tuple[str, ...]]:
     shared += ["decode"] if scheme.kind else []
     found: dict[str, tuple[str, ...]] = {"portable": tuple(shared)}
     if not scheme.kind or w8a8:
-        own = [f"cooperative_{name}" for name in ("finish", "kernel", "products", "sizes")]
+        own = [f"cooperative_{name}" for name in ("finish", "flow", "kernel", "produce", "products", "sizes")]
         found["cooperative"] = (*shared, *own, "gluon_parts")
         # One launch: nothing of the assignment, the quantisers and the reduce.
         own = [f"stream_{name}" for name in ("kernel", "parts", "rows", "scales", "sizes")]
