@@ -1,4 +1,4 @@
-"""Compile forms of the kernels for one target in one process: `python -m tests.compile.sweep FOLDER TARGET CASES`.
+"""Compile forms of the kernels for one target in one process: `python -m tests.compile.sweep FOLDER TARGET CASE …`.
 
 Packages go below FOLDER; stdout is one JSON list, a record a kernel. The Triton that PYTHONPATH finds first compiles.
 """
@@ -106,11 +106,9 @@ COOPERATIVE_KERNELS = ("gemm1_cooperative", "gemm2_cooperative", "layer_cooperat
 COOPERATIVE_TOKENS = 300
 
 
-def cases(target: str, how_many: int) -> dict[str, tuple[dict[str, Any], int]]:
-    """What to compile for `target` of the portable family: so many of FEW, or, if it has fewer, everything."""
+def cases(target: str) -> dict[str, tuple[dict[str, Any], int]]:
+    """All that can be compiled for `target` of the portable family."""
     quantised = {quant: ({"quant": (quant,)}, LOW_LATENCY) for quant in (*SCHEMES, "fp8_w8a8:128x128")}
-    if how_many <= len(FEW):
-        return {case: (PLAIN_CASES | quantised)[case] for case in FEW[:how_many]}
     if target == "cuda:90":
         quantised |= {f"{quant}, tiles": ({"quant": (quant,)}, ALL_TILES) for quant in TILED}
     return PLAIN_CASES | quantised
@@ -137,10 +135,11 @@ def cooperative(folder: Path, target: str) -> list[dict[str, Any]]:
     return records
 
 
-def main(folder: str, target: str, how_many: str) -> None:
-    """Compile all cases and print what came out."""
+def main(folder: str, target: str, *names: str) -> None:
+    """Compile the named cases, on cuda:90 those of "cooperative" as well, and print what came out."""
     records = []
-    for case, (fields, tokens) in cases(target, int(how_many)).items():
+    for case in names:
+        fields, tokens = cases(target)[case]
         package = emit(make_plan(spec_of(**{**SIZES, **fields})), Path(folder))
         with portable_tiles(import_package(package)):
             compiled = _compile_target((str(package), target, tokens))

@@ -1,10 +1,5 @@
 """The family "stream" compiles for cuda:90 with both supported Tritons: one kernel a layer, and nothing beside it."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +10,7 @@ from moegen.device import TARGETS
 from moegen.runtime.quant import Scheme
 from moegen.runtime.tile import Gemm, TileConfig, shared_memory
 from tests.compile.stream_sweep import CASES, SIZES, TARGET
-from tests.compile.test_targets import OLDER, OLDER_FOLDER, ROOT
+from tests.compile.test_targets import OLDER, folder_of, sweep
 
 # The installed Triton compiles all, the older one, with which tests/gpu ran last, those that differ most.
 FEW = (
@@ -24,15 +19,6 @@ FEW = (
 )  # fmt: skip
 # Registers a thread, so that two blocks fit a multiprocessor: warps that multiply, and a warpgroup for the two others.
 TWO_BLOCKS = {warps: 65536 // (2 * (warps + 4) * 32) for warps in (4, 8)}
-
-
-def compiled(folder: Path, triton_folder: Path | None, cases: Iterable[str]) -> list[dict[str, Any]]:
-    path = [str(ROOT), *([str(triton_folder)] if triton_folder else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-m", "tests.compile.stream_sweep", str(folder), *cases]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
-    assert done.returncode == 0, done.stderr[-4000:]
-    return list(json.loads(done.stdout))
 
 
 def bound(fields: dict[str, Any], tile: TileConfig) -> int:
@@ -49,10 +35,8 @@ def bound(fields: dict[str, Any], tile: TileConfig) -> int:
 
 @pytest.mark.parametrize("older", [False, True], ids=[triton.__version__, OLDER])
 def test_compiles(tmp_path: Path, older: bool) -> None:
-    if older and not OLDER_FOLDER.is_dir():
-        pytest.skip(f"{OLDER_FOLDER.name} is not there; `make test` makes it")
     cases = FEW if older else tuple(CASES)
-    records = compiled(tmp_path, OLDER_FOLDER if older else None, cases)
+    records = sweep("stream_sweep", folder_of(older), tmp_path, *cases)
     if older:
         assert {record["triton"] for record in records} == {OLDER}
     assert [record for record in records if record["error"] is not None] == []

@@ -142,11 +142,6 @@ def _store(pointer: Pointer, values: torch.Tensor, mask: Any = None) -> None:
     pointer.memory.view(-1).view(plain)[index[mask]] = values.view(plain)[mask]
 
 
-def _split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    first, second = values.unbind(-1)
-    return first, second
-
-
 def _where(condition: Any, one: Any, other: Any) -> Any:
     if isinstance(condition, bool):
         return one if condition else other
@@ -181,7 +176,7 @@ def language(block: int, blocks: int) -> SimpleNamespace:
         permute=lambda values, order: values.permute(order),
         convert_layout=lambda values, _, **__: values,
         broadcast=torch.broadcast_tensors,
-        split=_split,
+        split=lambda values: values.unbind(-1),
         sum=lambda values, axis: values.sum(axis, dtype=values.dtype),
         max=lambda values, axis: values.amax(axis),
         abs=torch.abs,

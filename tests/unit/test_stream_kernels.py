@@ -109,6 +109,7 @@ def test_one_token(case: str, build: Callable[..., ModuleType]) -> None:
     layer = package.LAYERS[0]
     check(package, make_inputs(layer, 1), tile)
     if "shard" in case:
+        check(package, make_inputs(layer, 1, 1, mapped=True), tile)
         check(package, make_inputs(layer, 1, 2, mapped=True, padding=0.3), tile)
 
 
@@ -132,10 +133,11 @@ def test_tokens(tokens: int, case: str, build: Callable[..., ModuleType]) -> Non
     package = build(**{**SMALL, **fields})
     layer = package.LAYERS[0]
     tile = replace(tile, BLOCK_SIZE_M=4 if tokens > 2 else 2)
-    arguments = make_inputs(layer, tokens, 6, mapped="shard" in case, padding=0.2)
-    wide = torch.full((tokens, layer.hidden_size + 24), float("nan"), dtype=layer.dtype)
-    wide[:, :-24] = arguments["hidden_states"]  # rows apart, as the dispatcher may get them
-    check(package, {**arguments, "hidden_states": wide[:, :-24]}, tile)
+    for mapped in (False, True) if "shard" in case else (False,):
+        arguments = make_inputs(layer, tokens, 6, mapped=mapped, padding=0.2)
+        wide = torch.full((tokens, layer.hidden_size + 24), float("nan"), dtype=layer.dtype)
+        wide[:, :-24] = arguments["hidden_states"]  # rows apart, as the dispatcher may get them
+        check(package, {**arguments, "hidden_states": wide[:, :-24]}, tile)
 
 
 @pytest.mark.parametrize("quant", ["none", "fp8_w8a8:128x128", "fp8_w8a8:channel", "int8_w8a8:tensor"])

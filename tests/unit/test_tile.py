@@ -1,5 +1,6 @@
 """TileConfig: what is refused and why, and that the heuristic's answers are legal for every known model and target."""
 
+import functools
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -105,7 +106,7 @@ def test_from_dict_refuses(data: object, message: str) -> None:
 
 def test_from_dict_round_trip() -> None:
     tile = TileConfig(16, 64, 128, GROUP_SIZE_M=4, SWAP_AB=True, num_warps=8, num_stages=5)
-    assert TileConfig.from_dict(tile.to_dict()) == tile
+    assert_round_trip(tile)
     assert TileConfig.from_dict(PLAIN) == TileConfig(16, 64, 64)
 
 
@@ -162,6 +163,12 @@ def assert_legal(gemm1: Gemm, gemm2: Gemm, tokens: int, device: DeviceFacts, low
     for tile, gemm in ((tiles.gemm1, gemm1), (tiles.gemm2, gemm2)):
         assert why_illegal(tile, gemm, device) is None, (name, tokens, tile)
         assert tile.family in FAMILIES
+        assert_round_trip(tile)
+
+
+@functools.cache  # many layers have the same tiles
+def assert_round_trip(tile: TileConfig) -> None:
+    assert TileConfig.from_dict(tile.to_dict()) == tile
 
 
 @pytest.mark.parametrize("target", list(TARGETS))

@@ -25,16 +25,20 @@ def pool() -> Iterator[CompilePool]:
         yield made
 
 
+def measurer(pool: CompilePool, number: int = 0) -> GpuMeasurer:
+    return GpuMeasurer(Path("/package"), "layer", number, pool, worker=GPU, time_limit_s=3.0)
+
+
 @pytest.fixture
 def fresh(pool: CompilePool) -> Iterator[GpuMeasurer]:
-    with GpuMeasurer(Path("/package"), "layer", 0, pool, worker=GPU, time_limit_s=3.0) as made:
+    with measurer(pool) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def gpu(pool: CompilePool) -> Iterator[GpuMeasurer]:
     """One for many tests, which starts a process only after one was lost: each start takes seconds."""
-    with GpuMeasurer(Path("/package"), "layer", 0, pool, worker=GPU, time_limit_s=3.0) as made:
+    with measurer(pool) as made:
         yield made
 
 
@@ -68,6 +72,7 @@ def test_it_measures_in_one_process(fresh: GpuMeasurer) -> None:
         (HANG, "timeout", "no answer within 3 s", True),
         (EXIT, "crash", "the process ended with exit code 3: no way out", True),
         (SEGFAULT, "crash", "the process was killed by SIGSEGV", True),
+        (KILLED, "crash", "the process was killed by SIGKILL", True),
         (RAISE, "crash", "RuntimeError: first line", True),
         (ILLEGAL, "crash", "illegal memory access", True),
     ],
@@ -109,7 +114,7 @@ def test_what_does_not_compile_never_reaches_the_gpu(fresh: GpuMeasurer) -> None
     assert [result.status for result in fresh.compare(16, [GOOD, refused, GOOD])] == ["ok", "resources", "ok"]
 
 
-@pytest.mark.parametrize(("kind", "status"), [(HANG, "timeout"), (EXIT, "crash"), (WRONG, "wrong")])
+@pytest.mark.parametrize(("kind", "status"), [(HANG, "timeout"), (EXIT, "crash"), (ILLEGAL, "crash"), (WRONG, "wrong")])
 def test_one_bad_finalist_takes_no_other_along(gpu: GpuMeasurer, kind: int, status: str) -> None:
     found = gpu.compare(16, [GOOD, bad(kind), WIDE])
     assert [result.status for result in found] == ["ok", status, "ok"]
@@ -135,7 +140,7 @@ def test_gpus_share_a_pool_from_threads_of_their_own(pool: CompilePool) -> None:
     found: dict[int, list[float | None]] = {}
 
     def work(number: int) -> None:
-        with GpuMeasurer(Path("/package"), "layer", number, pool, worker=GPU, time_limit_s=3.0) as gpu:
+        with measurer(pool, number) as gpu:
             tiles = [GOOD, bad(KILLED + 100 + number), bad(EXIT), WIDE]
             gpu.prefetch(number + 1, tiles)
             found[number] = [gpu.measure(number + 1, pair, None).us for pair in tiles]
